@@ -1,0 +1,100 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    XCLIPConfig,
+    XCLIPModel,
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real files (SHARED_DATA or ../shared/data); tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}")
+    return folder
+
+
+SENTENCES = [
+    "Question: what color is the circle ? Answer: red",
+    "Question: how many times does the square jump ? Answer: 3",
+    "what does the triangle do after it spins ? it moves left",
+    "a small blue star moves to the right in front of a green star",
+]
+
+
+def save_tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer (every text can be spelt) on a few sentences and save it to `folder`."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|bos|>", "<|eos|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_xclip_dir(tmp_path_factory) -> Path:
+    """A random `XCLIPModel` checkpoint: 16 frames of 32 x 32 pixels, width and projection 32, 1-layer MIT."""
+    folder = tmp_path_factory.mktemp("tiny-xclip")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = XCLIPConfig(
+        vision_config={
+            **size,
+            "image_size": 32,
+            "patch_size": 16,
+            "num_frames": 16,
+            "mit_hidden_size": 32,
+            "mit_intermediate_size": 64,
+            "mit_num_hidden_layers": 1,
+            "mit_num_attention_heads": 2,
+        },
+        text_config={**size, "vocab_size": 64, "max_position_embeddings": 16},
+        projection_dim=32,
+        prompt_num_attention_heads=2,
+    )
+    XCLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory) -> Path:
+    """A random `LlamaForCausalLM` checkpoint (hidden 64, 2 layers) with a byte-level BPE tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = save_tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
