@@ -1,0 +1,1 @@
+"""What the notebooks stand on: corpora, GIF decoding, tables, models, training, scoring."""
