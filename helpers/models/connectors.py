@@ -1,0 +1,153 @@
+"""Connectors: from a group of frame embeddings to tokens in the language model's embedding space."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConnectorConfig(Protocol):
+    """The profile's `connector` section, as far as it is read here."""
+
+    kind: str  # 'mlp' or 'qformer'
+    hidden: int  # width of the hidden layer (mlp) or of the query transformer (qformer)
+    queries: int  # tokens a group (qformer)
+    heads: int  # attention heads (qformer)
+
+
+def build_connector(
+    config: ConnectorConfig, video_dim: int, text_dim: int, frames_per_group: int = 16, output_rms: float = 1.0
+) -> nn.Module:
+    """Build the connector named by `config.kind`; `output_rms` is the root mean square of a token embedding.
+
+    Raises ValueError for an unknown kind.
+    """
+    if config.kind == "mlp":
+        return MLPConnector(video_dim, text_dim, config.hidden, output_rms)
+    if config.kind == "qformer":
+        return QFormerConnector(
+            video_dim, text_dim, config.hidden, config.queries, config.heads, frames_per_group, output_rms
+        )
+    raise ValueError(f"connector.kind is '{config.kind}'; it must be 'mlp' or 'qformer'")
+
+
+def _output_norm(text_dim: int, output_rms: float) -> nn.LayerNorm:
+    # Video tokens start at the size of word embeddings: much larger ones drown what the first layers add to them.
+    norm = nn.LayerNorm(text_dim)
+    nn.init.constant_(norm.weight, output_rms)
+    return norm
+
+
+class MLPConnector(nn.Module):
+    """One token a frame, from its embedding and its MIT token, and one token for the group (nanoVLM, LLaVA-1.5)."""
+
+    def __init__(self, video_dim: int, text_dim: int, hidden: int, output_rms: float = 1.0) -> None:
+        super().__init__()
+        self.frame_norm = nn.LayerNorm(video_dim)
+        self.mit_norm = nn.LayerNorm(video_dim)
+        self.pooled_norm = nn.LayerNorm(video_dim)
+        self.frame_mlp = nn.Sequential(nn.Linear(2 * video_dim, hidden), nn.GELU(), nn.Linear(hidden, text_dim))
+        self.group_mlp = nn.Sequential(nn.Linear(video_dim, hidden), nn.GELU(), nn.Linear(hidden, text_dim))
+        self.output_norm = _output_norm(text_dim, output_rms)
+
+    def forward(self, frames: Tensor, mit_tokens: Tensor, pooled: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Map groups to tokens.
+
+        frames, mit_tokens: [G, T, D]; pooled: [G, D]; mask: bool [G, T].
+        Returns tokens [G, T + 1, H] (the group's token last) and their mask [G, T + 1].
+        """
+        pair = torch.cat([self.frame_norm(frames), self.mit_norm(mit_tokens)], dim=-1)
+        tokens = torch.cat([self.frame_mlp(pair), self.group_mlp(self.pooled_norm(pooled))[:, None]], dim=1)
+        return self.output_norm(tokens), torch.cat([mask, mask.any(1, keepdim=True)], dim=1)
+
+
+class _Attention(nn.Module):
+    """Multi-head attention of queries [G, Q, W] over a memory [G, M, W], with a boolean key mask [G, M]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = None
+        if mask is not None:  # the finite minimum keeps a group without frames free of NaN
+            bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+            bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)[:, None, None, :]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
+class _QFormerLayer(nn.Module):
+    """Self-attention of the queries, cross-attention to the frames, feed-forward; pre-norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.self_attention = _Attention(width, heads)
+        self.cross_attention = _Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, queries: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        normed = self.self_norm(queries)
+        queries = queries + self.self_attention(normed, normed)
+        queries = queries + self.cross_attention(self.cross_norm(queries), memory, mask)
+        return queries + self.mlp(self.mlp_norm(queries))
+
+
+class QFormerConnector(nn.Module):
+    """A small querying transformer (BLIP-2, arXiv 2301.12597, section 3.1): a fixed number of tokens a group.
+
+    Its memory is one vector a frame, from the frame's embedding, its MIT token and its place in the group, and one
+    for the group's pooled vector.
+    """
+
+    def __init__(
+        self,
+        video_dim: int,
+        text_dim: int,
+        hidden: int,
+        queries: int,
+        heads: int,
+        frames_per_group: int = 16,
+        output_rms: float = 1.0,
+        layers: int = 2,
+    ) -> None:
+        super().__init__()
+        if hidden % heads:
+            raise ValueError(f"connector.hidden ({hidden}) must be a multiple of connector.heads ({heads})")
+        self.frame_norm = nn.LayerNorm(video_dim)
+        self.mit_norm = nn.LayerNorm(video_dim)
+        self.pooled_norm = nn.LayerNorm(video_dim)
+        self.frame_input = nn.Linear(2 * video_dim, hidden)
+        self.group_input = nn.Linear(video_dim, hidden)
+        self.queries = nn.Parameter(torch.randn(queries, hidden) * 0.02)
+        self.positions = nn.Parameter(torch.randn(frames_per_group, hidden) * 0.02)
+        self.memory_norm = nn.LayerNorm(hidden)
+        self.layers = nn.ModuleList([_QFormerLayer(hidden, heads) for _ in range(layers)])
+        self.output = nn.Linear(hidden, text_dim)
+        self.output_norm = _output_norm(text_dim, output_rms)
+
+    def forward(self, frames: Tensor, mit_tokens: Tensor, pooled: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Map groups to tokens.
+
+        frames, mit_tokens: [G, T, D]; pooled: [G, D]; mask: bool [G, T].
+        Returns tokens [G, queries, H] and their mask [G, queries] (False for a group without a valid frame).
+        """
+        pair = torch.cat([self.frame_norm(frames), self.mit_norm(mit_tokens)], dim=-1)
+        memory = torch.cat(
+            [self.frame_input(pair) + self.positions, self.group_input(self.pooled_norm(pooled))[:, None]], dim=1
+        )
+        valid = mask.any(1, keepdim=True)
+        memory, memory_mask = self.memory_norm(memory), torch.cat([mask, valid], dim=1)
+        queries = self.queries.expand(len(frames), -1, -1)
+        for layer in self.layers:
+            queries = layer(queries, memory, memory_mask)
+        return self.output_norm(self.output(queries)), valid.expand(-1, queries.shape[1])

@@ -1,0 +1,78 @@
+"""Connectors: shapes, masks, and what they must not depend on."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helpers.models.connectors import build_connector
+
+KINDS = ["mlp", "qformer"]
+
+
+def config(kind: str) -> SimpleNamespace:
+    return SimpleNamespace(kind=kind, hidden=24, queries=5, heads=4)
+
+
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([16, 1, 7, 0])
+    frames, tokens = (torch.randn(4, 16, 12, generator=generator) for _ in range(2))
+    return frames, tokens, torch.randn(4, 12, generator=generator), torch.arange(16) < lengths[:, None]
+
+
+@pytest.mark.parametrize(("kind", "counts"), [("mlp", [17, 2, 8, 0]), ("qformer", [5, 5, 5, 0])])
+def test_tokens_and_masks(kind, counts):
+    torch.manual_seed(0)
+    tokens, mask = build_connector(config(kind), 12, 20)(*inputs())
+    assert tokens.shape == (4, mask.shape[1], 20)
+    assert mask.sum(1).tolist() == counts
+    assert torch.isfinite(tokens).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_frames_change_no_valid_token(kind):
+    torch.manual_seed(0)
+    connector = build_connector(config(kind), 12, 20)
+    frames, mit_tokens, pooled, mask = inputs()
+    noise = torch.randn_like(frames) * 50
+    tokens, token_mask = connector(frames, mit_tokens, pooled, mask)
+    keep = mask[..., None]
+    noisy, _ = connector(torch.where(keep, frames, noise), torch.where(keep, mit_tokens, noise), pooled, mask)
+    assert torch.equal(tokens[token_mask], noisy[token_mask])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["frames", "mit_tokens", "pooled"])
+def test_every_input_matters(kind, which):
+    torch.manual_seed(0)
+    connector = build_connector(config(kind), 12, 20)
+    arguments = list(inputs())
+    before, mask = connector(*arguments)
+    arguments[which] = torch.randn_like(arguments[which])
+    after, _ = connector(*arguments)
+    assert (before[mask] - after[mask]).abs().max() > 1e-3
+
+
+def test_qformer_knows_the_order_of_frames():
+    torch.manual_seed(0)
+    connector = build_connector(config("qformer"), 12, 20)
+    torch.nn.init.normal_(connector.positions)
+    frames, mit_tokens, pooled, mask = inputs()
+    forwards, _ = connector(frames[:1], mit_tokens[:1], pooled[:1], mask[:1])
+    backwards, _ = connector(frames[:1].flip(1), mit_tokens[:1].flip(1), pooled[:1], mask[:1])
+    assert (forwards - backwards).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_video_tokens_start_at_the_size_of_word_embeddings(kind):
+    torch.manual_seed(0)
+    tokens, mask = build_connector(config(kind), 12, 20, output_rms=0.05)(*inputs())
+    assert tokens[mask].pow(2).mean().sqrt().item() == pytest.approx(0.05, rel=0.02)
+
+
+def test_unknown_kind_and_impossible_heads_are_refused():
+    with pytest.raises(ValueError, match="perceiver"):
+        build_connector(config("perceiver"), 12, 20)
+    with pytest.raises(ValueError, match="multiple"):
+        build_connector(SimpleNamespace(kind="qformer", hidden=10, queries=2, heads=4), 12, 20)
