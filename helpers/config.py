@@ -1,0 +1,248 @@
+"""Profiles: every size and choice of a run, in YAML, checked against a strict schema before anything starts."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+PROFILES = Path(__file__).resolve().parent / "profiles"
+SECTIONS = ("data", "shapes", "encoder", "language_model", "connector", "training", "evaluation")
+
+
+class ConfigError(ValueError):
+    """A profile, a profile key or a value that cannot be used; the message names it and the way out."""
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` (no dot) as text: take text that is a plain number as the number it means."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value.strip()):
+        return float(value)
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[int, Field(ge=1)]
+Groups = Annotated[list[Annotated[int, Field(ge=1, le=8)]], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of a profile: unknown keys are refused and values never change once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataConfig(Section):
+    """Which corpus, and how its GIFs are decoded and stored."""
+
+    corpus: Literal["shapes", "tgif_qa", "own_gifs"]
+    shard_size: Positive
+    image_size: Annotated[int, Field(ge=16)]
+    frame_format: Literal["png", "jpeg"]
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
+    groups: Groups
+    max_canvas_pixels: Positive
+    max_frames: Positive
+    max_bytes: Positive
+    decode_seconds: Annotated[Float, Field(gt=0)]
+    workers: Positive
+
+
+class ShapesConfig(Section):
+    """The built-in world: its seed and its number of GIFs."""
+
+    seed: Annotated[int, Field(ge=0)]
+    train: Positive
+    test: Positive
+
+
+class EncoderConfig(Section):
+    """The frozen video encoder and the frames that it sees at once."""
+
+    model: str
+    revision: str | None
+    frames_per_group: Positive
+    batch_groups: Positive
+
+
+class LanguageModelConfig(Section):
+    """The frozen language model and the adapter that is trained inside it."""
+
+    model: str
+    revision: str | None
+    prompt: str
+    quantisation: Literal["nf4", "none"]
+    adapter: Literal["lora", "ia3"]
+    lora_rank: Positive
+    lora_alpha: Positive
+    lora_dropout: Annotated[Float, Field(ge=0, lt=1)]
+    target_modules: Annotated[list[str], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _prompt_has_a_question(self) -> "LanguageModelConfig":
+        if "{question}" not in self.prompt:
+            raise ValueError("language_model.prompt must contain {question}")
+        return self
+
+
+class ConnectorConfig(Section):
+    """What turns video embeddings into tokens of the language model."""
+
+    kind: Literal["mlp", "qformer"]
+    hidden: Positive
+    queries: Positive
+    heads: Positive
+    train_mit: bool
+
+
+class TrainingConfig(Section):
+    """The training run of the connector and the adapter."""
+
+    epochs: Annotated[Float, Field(gt=0)]
+    tokens_per_step: Positive
+    learning_rate_lora: Annotated[Float, Field(ge=0)]
+    learning_rate_connector: Annotated[Float, Field(ge=0)]
+    learning_rate_mit: Annotated[Float, Field(ge=0)]
+    weight_decay: Annotated[Float, Field(ge=0)]
+    warmup_ratio: Annotated[Float, Field(ge=0, le=1)]
+    max_grad_norm: Annotated[Float, Field(gt=0)]
+    seed: Annotated[int, Field(ge=0)]
+    checkpoint_minutes: Annotated[Float, Field(gt=0)]
+    groups: Groups
+    log_steps: Positive
+
+
+class EvaluationConfig(Section):
+    """How the trained bundle is scored."""
+
+    batch_tokens: Positive
+    options_in_prompt: bool
+    groups: Positive
+    num_beams: Positive
+    bootstrap: Positive
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Profile(Section):
+    """All settings of a run; the same code runs every profile, only sizes differ."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    data: DataConfig
+    shapes: ShapesConfig
+    encoder: EncoderConfig
+    language_model: LanguageModelConfig
+    connector: ConnectorConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _groups_are_cached(self) -> "Profile":
+        if self.encoder.frames_per_group != 16:
+            raise ValueError("encoder.frames_per_group must be 16: the stored views are groups of 16 frames")
+        missing = sorted({*self.training.groups, self.evaluation.groups} - {*self.data.groups})
+        if missing:
+            raise ValueError(
+                f"training.groups and evaluation.groups ask for {missing}, which data.groups {self.data.groups} "
+                "does not cache; add them there"
+            )
+        return self
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that the suite ships."""
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def nearest(name: str, valid: list[str] | tuple[str, ...]) -> str:
+    """Return `name`'s nearest neighbours among `valid` as a sentence for an error message."""
+    found = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {found[0]!r}?" if found else f"valid: {', '.join(sorted(valid))}"
+
+
+def profile_keys() -> dict[str, Any]:
+    """All dotted keys of a profile (`training.epochs`) with their type annotations."""
+    keys = {"name": Profile.model_fields["name"]}
+    for section in SECTIONS:
+        model = Profile.model_fields[section].annotation
+        keys |= {f"{section}.{name}": field for name, field in model.model_fields.items()}
+    return keys
+
+
+def parse_override(key: str, text: str) -> Any:
+    """Read the command line's `text` as a value of profile key `key`: text keys keep it verbatim, others are YAML."""
+    keys = profile_keys()
+    if key not in keys:
+        raise ConfigError(f"unknown profile key {key!r}; {nearest(key, list(keys))}")
+    annotation = keys[key].annotation
+    if str in get_args(annotation) and text.strip() in ("", "null", "None"):
+        return None
+    if annotation is str or str in get_args(annotation):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"profile key {key}: cannot read {text!r} as a value: {error}") from error
+
+
+def _describe(error: ValidationError, where: str) -> str:
+    """Say every fault of a profile in one line each, with the nearest valid key for an unknown one."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            valid = list(profile_keys()) if "." in key else ["name", *SECTIONS]
+            lines.append(f"unknown key {key!r}; {nearest(key, valid)}")
+        elif fault["type"] == "missing":
+            lines.append(f"key {key!r} is missing")
+        elif fault["type"] == "value_error":
+            lines.append(fault["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+    return f"{where}: " + "; ".join(lines)
+
+
+def _profile_path(name_or_path: str) -> Path:
+    """Find a profile by name (shipped) or by path; an unknown one names its nearest neighbour."""
+    if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"profile file {name_or_path} does not exist (looked in {Path.cwd()})")
+        return path
+    if name_or_path not in profile_names():
+        hint = nearest(name_or_path, profile_names())
+        raise ConfigError(f"unknown profile {name_or_path!r}; {hint} A path to a .yaml file works too.")
+    return PROFILES / f"{name_or_path}.yaml"
+
+
+def load_profile(name_or_path: str = "", overrides: dict[str, Any] | None = None) -> Profile:
+    """Load and check a profile.
+
+    `name_or_path`: a shipped profile's name, a .yaml path, or "" for the platform's own (locally: tiny).
+    `overrides`: values by dotted key, e.g. {"training.epochs": 2}. Raises ConfigError, naming the nearest valid key.
+    """
+    if not name_or_path:
+        from helpers.workspace import default_profile
+
+        name_or_path = default_profile()
+    path = _profile_path(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"profile {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"profile {path}: expected a mapping of sections, found {type(values).__name__}")
+    keys = list(profile_keys())
+    for key, value in (overrides or {}).items():
+        if key not in keys:
+            raise ConfigError(f"unknown profile key {key!r}; {nearest(key, keys)}")
+        section, _, name = key.rpartition(".")
+        target = values.setdefault(section, {}) if section else values
+        if not isinstance(target, dict):
+            raise ConfigError(f"profile {path}: section {section!r} must be a mapping")
+        target[name] = value
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, f"profile {path.stem}")) from error
