@@ -1,0 +1,267 @@
+"""TGIF-QA: the official question files, and the copies of them that circulate.
+
+Jang et al., "TGIF-QA: Toward Spatio-Temporal Reasoning in Visual Question Answering" (CVPR 2017, IJCV 2019);
+files of github.com/YunseokJANG/tgif-qa, of HME-VideoQA (older, complete) and of HQGA (another encoding).
+
+The official files are called .csv but are TAB-separated with CRLF line ends, a header and no quoting: quotes in them
+are text. They have no validation split, and none is carved here. The column `description` of FrameQA is a caption of
+the very GIF, and is never carried along.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from helpers.corpora import (
+    MULTIPLE_CHOICE,
+    SPLITS,
+    TASKS,
+    TYPES,
+    Corpus,
+    CorpusError,
+    RowError,
+    question_row,
+    question_table,
+    reject_table,
+    require_questions,
+)
+
+OPTIONS = ["a1", "a2", "a3", "a4", "a5"]
+COLUMNS = {
+    "action": ["gif_name", "question", *OPTIONS, "answer", "vid_id", "key"],
+    "transition": ["gif_name", "question", *OPTIONS, "answer", "vid_id", "key"],
+    "count": ["gif_name", "question", "answer", "vid_id", "key"],
+    "frameqa": ["gif_name", "question", "answer", "type", "vid_id", "key", "description"],
+}
+"""The official columns of each task's files, in order."""
+
+HQGA_OPTIONS = ["a0", "a1", "a2", "a3", "a4"]
+# HQGA joined hyphenated answers; undone, the answers of train and test are the 1,746 words that TGIF-QA states
+HQGA_SPELLING = {"tshirt": "t-shirt", "bowtie": "bow-tie"}
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    name: str  # relative to the folder of questions
+    split: str
+    task: str
+    header: list[str]
+    rows: list[tuple[int, list[str]]]  # row number (the header is row 1) and its cells
+
+    @property
+    def is_hqga(self) -> bool:
+        return "gif_name" not in self.header
+
+
+def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
+    """TGIF-QA's questions from the files in `folder`, any subset of tasks and splits.
+
+    A question file is a .csv or .tsv whose path inside the folder names a split and a task
+    (`Train_action_question.csv`, `frameqa/train.csv`). gifs: a folder of `<gif_name>.gif` (searched to any depth), a
+    zip archive of such files, or a text file of URLs (`tgif-v1.0.tsv` or one URL a line); None loads the text alone.
+    Questions whose GIF the source lacks, broken rows and repeated questions are listed in the rejects.
+    Raises `CorpusError` if a file is not in the format, or nothing is left.
+    """
+    folder = Path(folder)
+    rejects: list[tuple[str, str, str]] = []
+    files = _question_files(folder, rejects)
+    names = _names_of_keys(files)
+    rows: dict[str, dict] = {}
+    first_seen: dict[str, str] = {}
+    for file in files:
+        for number, cells in file.rows:
+            where = f"{file.name} row {number}"
+            try:
+                row = _question(file, cells, names)
+                if row["question_id"] in rows:
+                    raise RowError(f"repeats question {row['question_id']} of {first_seen[row['question_id']]}")
+            except RowError as error:
+                rejects.append((cells[0] or file.name, where, str(error)))
+                continue
+            rows[row["question_id"]] = row
+            first_seen[row["question_id"]] = where
+    require_questions(list(rows.values()), rejects, folder)
+    questions = question_table(rows.values())
+    if gifs is None:
+        return Corpus("tgif_qa", questions, {}, reject_table(rejects))
+    sources = gif_sources(gifs, rejects)
+    absent = questions[~questions.gif.isin(sources)]
+    rejects += [
+        (gif, Path(gifs).name, f"the GIF is not there: its {number} questions are left out")
+        for gif, number in absent.gif.value_counts().sort_index().items()
+    ]
+    kept = questions[questions.gif.isin(sources)].reset_index(drop=True)
+    require_questions(kept.index.tolist(), rejects, f"{folder} with the GIFs of {gifs}")
+    return Corpus("tgif_qa", kept, {gif: sources[gif] for gif in kept.gif.unique()}, reject_table(rejects))
+
+
+def _question_files(folder: Path, rejects: list[tuple[str, str, str]]) -> list[_File]:
+    if not folder.is_dir():
+        raise CorpusError(f"TGIF-QA's question files: there is no folder {folder}.")
+    files = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".csv", ".tsv") and p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        words = set(re.split(r"[^a-z]+", name.lower()))
+        splits, tasks = words.intersection(SPLITS), words.intersection(TASKS)
+        if len(splits) == len(tasks) == 1:
+            files.append(_read(path, name, splits.pop(), tasks.pop()))
+        elif splits:
+            rule = f"its name must hold one split ({', '.join(SPLITS)}) and one task ({', '.join(TASKS)})"
+            rejects.append((name, folder.name, f"not read: {rule}"))
+    if not files:
+        raise CorpusError(f"No question file in {folder}: expected names like Train_action_question.csv.")
+    # where a question is in both encodings the official file wins
+    return sorted(files, key=lambda file: file.is_hqga)
+
+
+def _read(path: Path, name: str, split: str, task: str) -> _File:
+    # Official files have no quoting: a line is a row, a TAB ends a cell. HQGA's quote cells but never break a line
+    # inside one, so they too are read line by line: an unclosed quote then costs its own row, not the rest of the file.
+    lines = path.read_bytes().decode("utf-8-sig", errors="replace").split("\n")
+    lines = [line.removesuffix("\r") for line in lines]
+    delimiter = "\t" if "\t" in lines[0] else ","
+    rows = [
+        (number, line.split("\t") if delimiter == "\t" else _comma_cells(line))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    header = [cell.strip() for cell in rows[0][1]] if rows else []
+    _check_header(name, task, header)
+    return _File(path, name, split, task, header, rows[1:])
+
+
+def _comma_cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error:
+        return [line]  # an over-long cell: the row is rejected for its number of columns
+
+
+def _check_header(name: str, task: str, header: list[str]) -> None:
+    official = [column for column in COLUMNS[task] if column not in ("type", "description", "key")]
+    hqga = ["video", "question", *(HQGA_OPTIONS if task in MULTIPLE_CHOICE else []), "answer", "qid"]
+    wanted = hqga if "gif_name" not in header and "video" in header else official
+    missing = [column for column in wanted if column not in header]
+    if missing:
+        raise CorpusError(f"{name}: no column {', '.join(missing)} for task {task}; the columns are {header}.")
+
+
+def _names_of_keys(files: list[_File]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for file in files:
+        if "gif_name" in file.header and "key" in file.header:
+            name, key, width = file.header.index("gif_name"), file.header.index("key"), len(file.header)
+            for _, cells in file.rows:
+                if len(cells) == width:
+                    names.setdefault(cells[key].strip(), cells[name].strip())
+    return names
+
+
+def _question(file: _File, cells: list[str], names: dict[str, str]) -> dict:
+    if len(cells) != len(file.header):
+        raise RowError(f"{len(cells)} columns, but the header has {len(file.header)}")
+    row = {column: cell.strip() for column, cell in zip(file.header, cells, strict=True)}
+    if any("�" in cell for cell in cells):
+        raise RowError("not UTF-8 text")
+    gif = names.get(row["video"], row["video"]) if file.is_hqga else row["gif_name"]
+    vid_id = row["qid" if file.is_hqga else "vid_id"]
+    if not gif or not vid_id:
+        raise RowError("no GIF is named" if not gif else "no question id is given")
+    options = HQGA_OPTIONS if file.is_hqga else OPTIONS
+    question, answer = row["question"], row["answer"]
+    if file.is_hqga:
+        question, answer = _official_wording(question, file.task), HQGA_SPELLING.get(answer, answer)
+    return question_row(
+        question_id=f"{vid_id}-{file.split}",
+        gif=gif,
+        split=file.split,
+        task=file.task,
+        question=question,
+        answer=answer,
+        options=[row[column] for column in options] if file.task in MULTIPLE_CHOICE else [],
+        type=_type(row.get("type", "")) if file.task == "frameqa" else "",
+    )
+
+
+def _official_wording(question: str, task: str) -> str:
+    """HQGA's question as the official files spell it: a space before "?", FrameQA alone in lower case."""
+    question = question.removesuffix("?").strip()
+    if not question:
+        return ""
+    return f"{question if task == 'frameqa' else question[0].upper() + question[1:]} ?"
+
+
+def _type(code: str) -> str:
+    if code and code not in ("0", "1", "2", "3"):
+        raise RowError(f"unknown type code {code!r}; the codes are 0 to 3 ({', '.join(TYPES)})")
+    return TYPES[int(code)] if code else ""
+
+
+def gif_sources(source: str | Path, rejects: list[tuple[str, str, str]]) -> dict[str, str]:
+    """GIF name -> where it is, for a folder, a zip archive or a text file of URLs; unusable entries go to `rejects`.
+
+    Of two GIFs of one name the first in sorted order (in the list's order, for URLs) is used.
+    Raises `CorpusError` if the source does not exist or holds no GIF.
+    """
+    source = Path(source)
+    if source.is_dir():
+        found = _in_folder(source)
+    elif not source.is_file():
+        raise CorpusError(f"GIFs: there is no folder, zip archive or list of URLs {source}.")
+    elif zipfile.is_zipfile(source):
+        found = _in_archive(source, rejects)
+    else:
+        found = _in_list(source, rejects)
+    sources: dict[str, str] = {}
+    for name, place in found:
+        sources.setdefault(name, place)
+    if not sources:
+        raise CorpusError(f"GIFs: {source} holds none (a folder or zip archive of .gif files, or a list of URLs).")
+    return sources
+
+
+def gif_name(path: str) -> str | None:
+    """The GIF name of a path, archive member or URL (its last part without .gif), or None if it is no .gif file."""
+    base = PurePosixPath(unquote(urlsplit(path).path) if "://" in path else path).name
+    is_gif = base.lower().endswith(".gif") and not base.startswith("._")  # "._x.gif" is macOS metadata
+    return base[:-4] or None if is_gif else None
+
+
+def _in_folder(folder: Path) -> Iterator[tuple[str, str]]:
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for file in sorted(files):
+            if name := gif_name(file):
+                yield name, str(Path(parent) / file)
+
+
+def _in_archive(archive: Path, rejects: list[tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
+    with zipfile.ZipFile(archive) as opened:
+        members = sorted(opened.namelist())
+    for member in members:
+        path = PurePosixPath(member.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            rejects.append((member, archive.name, "the member's name leads out of the archive"))
+        elif name := gif_name(member):
+            yield name, f"{archive}::{member}"
+
+
+def _in_list(path: Path, rejects: list[tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        url = line.split("\t")[0].strip()
+        if not url:
+            continue
+        name = gif_name(url) if re.match(r"https?://[^/\s]+/\S+$", url) else None
+        if name:
+            yield name, url
+        else:
+            rejects.append((url[:200], f"{path.name} row {number}", "not an http(s) URL of a .gif file"))

@@ -1,0 +1,258 @@
+"""Own GIFs: the CSV format, its rejects, the hold-out, and writing it."""
+
+import types
+
+import pandas as pd
+import pytest
+
+from helpers import corpora
+from helpers.corpora import CorpusError, own_gifs
+
+HEADER = "gif,task,question,answer,options"
+
+
+@pytest.fixture
+def gifs(tmp_path):
+    folder = tmp_path / "gifs"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("cat.gif", "dog.gif", "sub/fox.gif"):
+        (folder / name).touch()
+    (tmp_path / "outside.gif").touch()
+    return folder
+
+
+def write(folder, *lines):
+    path = folder.parent / "qa.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_rows_of_every_task(gifs):
+    path = write(
+        gifs,
+        HEADER,
+        "cat.gif,frameqa,what color is the cat ?,black,",
+        "cat.gif,count,How many times does the cat jump ?,0,",
+        "dog.gif,action,What does the dog do 3 times ?,nod,sit|nod|run",
+        "sub/fox.gif,Transition,What does the fox do after nod ?,2,sit|nod|run",
+        '"cat.gif",frameqa,"where, then, is the cat ?",under the mat',
+    )
+    corpus = own_gifs.load(gifs, path, holdout=0)
+    assert corpus.rejects.empty
+    assert corpus.questions.to_dict("list") == {
+        "question_id": ["qa-2", "qa-3", "qa-4", "qa-5", "qa-6"],
+        "gif": ["cat.gif", "cat.gif", "dog.gif", "sub/fox.gif", "cat.gif"],
+        "split": ["train"] * 5,
+        "task": ["frameqa", "count", "action", "transition", "frameqa"],
+        "question": [
+            "what color is the cat ?",
+            "How many times does the cat jump ?",
+            "What does the dog do 3 times ?",
+            "What does the fox do after nod ?",
+            "where, then, is the cat ?",
+        ],
+        "options": [[], [], ["sit", "nod", "run"], ["sit", "nod", "run"], []],
+        "answer": ["black", "0", "nod", "run", "under the mat"],
+        "label": [-1, 0, 1, 2, -1],
+        "type": ["color", "", "", "", "location"],
+    }
+    assert corpus.gifs == {name: str(gifs / name) for name in ("cat.gif", "dog.gif", "sub/fox.gif")}
+
+
+def test_a_number_among_numeric_options_is_their_text(gifs):
+    path = write(gifs, HEADER, "cat.gif,action,How ?,2,3|2|1", "cat.gif,action,How ?,0,3|2|1")
+    assert own_gifs.load(gifs, path, holdout=0).questions.label.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("bird.gif,frameqa,what ?,bird,", "no such GIF"),
+        (",frameqa,what ?,bird,", "no GIF is named"),
+        ("../outside.gif,frameqa,what ?,cat,", "leads out of the folder"),
+        ("sub/../../outside.gif,frameqa,what ?,cat,", "leads out of the folder"),
+        ("/etc/passwd,frameqa,what ?,cat,", "leads out of the folder"),
+        ("link.gif,frameqa,what ?,cat,", "leads out of the folder"),
+        ("sub,frameqa,what ?,cat,", "no such GIF"),
+        ("cat.gif,frameQ,what ?,cat,", "unknown task 'frameQ'.*did you mean frameqa"),
+        ("cat.gif,action,what ?,3,a|b|c", "option index 3 is out of range: the 3 options are 0 to 2"),
+        ("cat.gif,action,what ?,-1,a|b|c", "out of range"),
+        ("cat.gif,action,what ?,d,a|b|c", "the answer 'd' is not one of the options"),
+        ("cat.gif,action,what ?,a,a|b|a", "more than one of the options"),
+        ("cat.gif,action,what ?,a,a||b", "none of them empty"),
+        ("cat.gif,transition,what ?,0,", "needs two or more options"),
+        ("cat.gif,count,how many ?,two,", "a count is an integer; found 'two'"),
+        ("cat.gif,count,how many ?,2.0,", "a count is an integer"),
+        ("cat.gif,count,how many ?,11,", "outside 0 to 10"),
+        ("cat.gif,count,how many ?,-2,", "outside 0 to 10"),
+        ("cat.gif,frameqa,  ,cat,", "question is empty"),
+        ("cat.gif,frameqa,what ?,,", "answer is empty"),
+        ("cat.gif,frameqa,what, then ?,cat,", "6 columns, but the header has 5"),
+    ],
+)
+def test_a_bad_row_is_rejected_with_its_reason_and_the_rest_goes_on(gifs, row, reason):
+    (gifs / "link.gif").symlink_to(gifs.parent / "outside.gif")
+    path = write(gifs, HEADER, "cat.gif,frameqa,what ?,cat,", row, "dog.gif,frameqa,what ?,dog,")
+    corpus = own_gifs.load(gifs, path, holdout=0.5)
+    assert corpus.questions.answer.tolist() == ["cat", "dog"]
+    assert corpus.rejects.item.tolist() == [row.split(",")[0]]
+    assert corpus.rejects["where"].tolist() == ["qa.csv row 3"]
+    assert corpus.rejects.reason.str.contains(reason).all(), corpus.rejects.reason.tolist()
+
+
+def test_one_gif_in_several_spellings_is_one_gif(gifs):
+    path = write(gifs, HEADER, *(f"{name},frameqa,what ?,cat," for name in ("cat", "cat.gif", "./sub/../cat.gif")))
+    assert set(own_gifs.load(gifs, path, holdout=0).gifs) == {"cat.gif"}
+
+
+def test_files_that_cannot_be_used_are_clear_errors(gifs):
+    row = "cat.gif,frameqa,what ?,cat,"
+    cases = [
+        (["gif,task,question,options", row], "no column answer; the columns found are gif, task, question, options"),
+        ([""], "is empty: expected the header gif,task"),
+        ([HEADER], "has a header but no questions"),
+        ([HEADER, "bird.gif,frameqa,what ?,bird,"], "No usable question .*no such GIF .*qa.csv row 2"),
+        ([HEADER + ",gif", row], "column gif occurs more than once"),
+        ([HEADER, row, 'cat.gif,frameqa,"what ?,cat,', row], "not a readable CSV near line 4"),
+    ]
+    for lines, message in cases:
+        with pytest.raises(CorpusError, match=message):
+            own_gifs.load(gifs, write(gifs, *lines))
+    with pytest.raises(CorpusError, match="there is no file"):
+        own_gifs.load(gifs, gifs / "absent.csv")
+    with pytest.raises(CorpusError, match="there is no folder"):
+        own_gifs.load(gifs / "absent", write(gifs, HEADER, row))
+    (gifs.parent / "qa.csv").write_bytes(HEADER.encode() + b"\ncat.gif,frameqa,caf\xe9 ?,cat,\n")
+    with pytest.raises(CorpusError, match="not UTF-8"):
+        own_gifs.load(gifs, gifs.parent / "qa.csv")
+    with pytest.raises(CorpusError, match="from 0 to 1"):
+        own_gifs.load(gifs, write(gifs, HEADER, row), holdout=20)
+
+
+def test_spreadsheet_exports(gifs):
+    path = gifs.parent / "qa.csv"
+    path.write_bytes("﻿GIF;Task;Question;Answer;Options\r\ncat.gif;frameqa;what, then ?;cat;\r\n".encode())
+    questions = own_gifs.load(gifs, path, holdout=1).questions
+    assert questions[["question", "answer"]].to_numpy().tolist() == [["what, then ?", "cat"]]
+
+
+def many(tmp_path, number, order=1):
+    folder = tmp_path / "many"
+    folder.mkdir(exist_ok=True)
+    names = [f"{i:03d}.gif" for i in range(number)]
+    for name in names:
+        (folder / name).touch()
+    rows = [f"{name},frameqa,what {word} ?,cat," for name in names for word in ("a", "b", "c")][::order]
+    return folder, write(folder, HEADER, *rows)
+
+
+def test_holdout_is_by_gif_and_deterministic(tmp_path):
+    questions = own_gifs.load(*many(tmp_path, 50), holdout=0.2, seed=3).questions
+    splits = questions.groupby("gif").split.agg(set)
+    assert all(len(split) == 1 for split in splits)
+    held_out = {gif for gif, split in splits.items() if split == {"test"}}
+    assert len(held_out) == 10
+    again = own_gifs.load(*many(tmp_path, 50, order=-1), holdout=0.2, seed=3).questions
+    assert set(again.gif[again.split == "test"]) == held_out
+    other = own_gifs.load(*many(tmp_path, 50), holdout=0.2, seed=4).questions
+    assert set(other.gif[other.split == "test"]) != held_out
+
+
+def test_holdout_leaves_both_splits_something(tmp_path):
+    for holdout in (0.01, 0.99):
+        questions = own_gifs.load(*many(tmp_path, 2), holdout=holdout).questions
+        assert questions.groupby("split").gif.nunique().to_dict() == {"test": 1, "train": 1}
+
+
+def test_one_gif_cannot_be_held_out(tmp_path):
+    folder, path = many(tmp_path, 1)
+    with pytest.raises(CorpusError, match="at least 2, but the questions are about 1"):
+        own_gifs.load(folder, path)
+    assert set(own_gifs.load(folder, path, holdout=1).questions.split) == {"test"}
+    assert set(own_gifs.load(folder, path, holdout=0).questions.split) == {"train"}
+
+
+def test_a_split_column_is_kept(gifs):
+    path = write(
+        gifs,
+        HEADER + ",split,type",
+        "cat.gif,frameqa,what ?,cat,,Train,color",
+        "dog.gif,frameqa,what ?,dog,,test,3",
+        "dog.gif,frameqa,what ?,dog,,validation,",
+        "dog.gif,frameqa,what ?,dog,,test,size",
+    )
+    corpus = own_gifs.load(gifs, path)
+    assert corpus.questions[["split", "type"]].to_numpy().tolist() == [["train", "color"], ["test", "location"]]
+    assert corpus.rejects["where"].tolist() == ["qa.csv row 4", "qa.csv row 5"]
+    assert "unknown split 'validation'" in corpus.rejects.reason[0]
+    assert "unknown type 'size'" in corpus.rejects.reason[1]
+    assert set(own_gifs.load(gifs, path, holdout=1).questions.split) == {"test"}
+
+
+def test_what_is_written_is_read_again(gifs, tmp_path):
+    path = write(
+        gifs,
+        HEADER + ",split,type",
+        'cat.gif,frameqa,"what, ""then"" ?",cat,,train,object',
+        "cat.gif,count,How many times ?,0,,train,",
+        "dog.gif,action,What ?,1,3|2|1,test,",
+    )
+    questions = own_gifs.load(gifs, path).questions
+    own_gifs.write_own_gifs_csv(questions, tmp_path / "qa.csv")
+    pd.testing.assert_frame_equal(own_gifs.load(gifs, tmp_path / "qa.csv").questions, questions)
+    bare = questions.assign(gif=questions.gif.str.removesuffix(".gif"))
+    own_gifs.write_own_gifs_csv(bare, tmp_path / "qa.csv")
+    pd.testing.assert_frame_equal(own_gifs.load(gifs, tmp_path / "qa.csv").questions, questions)
+
+
+def test_an_option_with_a_bar_is_not_written(gifs, tmp_path):
+    row = corpora.question_row(
+        question_id="1", gif="cat", split="test", task="action", question="What ?", answer="0", options=["a|b", "c"]
+    )
+    with pytest.raises(CorpusError, match=r"Question 1: an option holds '\|'"):
+        own_gifs.write_own_gifs_csv(corpora.question_table([row]), tmp_path / "out.csv")
+    assert not list(tmp_path.glob("out*"))
+
+
+def profile(corpus):
+    return types.SimpleNamespace(data=types.SimpleNamespace(corpus=corpus))
+
+
+def test_load_dispatches_and_drops_leaks(gifs, tmp_path):
+    path = write(
+        gifs,
+        HEADER + ",split",
+        "cat.gif,frameqa,what ?,cat,,train",
+        "dog.gif,frameqa,what ?,dog,,train",
+        "dog.gif,frameqa,who ?,dog,,train",
+        "dog.gif,frameqa,what ?,dog,,test",
+    )
+    corpus = corpora.load(profile("own_gifs"), folder=tmp_path, gifs=gifs, qa=path)
+    assert corpus.questions[["gif", "split"]].to_numpy().tolist() == [["cat.gif", "train"], ["dog.gif", "test"]]
+    assert corpus.rejects.item.tolist() == ["dog.gif"]
+    assert "its 2 training questions are left out" in corpus.rejects.reason[0]
+
+
+def test_load_names_what_is_missing(gifs, tmp_path):
+    with pytest.raises(CorpusError, match="needs `qa`"):
+        corpora.load(profile("own_gifs"), folder=tmp_path, gifs=gifs)
+    with pytest.raises(CorpusError, match="needs `qa`: the folder of TGIF-QA"):
+        corpora.load(profile("tgif_qa"), folder=tmp_path, qa="")
+    with pytest.raises(CorpusError, match=r"set data\.corpus to own_gifs"):
+        corpora.load(profile("shapes"), folder=tmp_path, gifs=gifs)
+    path = write(gifs, HEADER + ",split", "cat.gif,frameqa,what ?,cat,,train", "cat.gif,frameqa,what ?,cat,,test")
+    with pytest.raises(CorpusError, match="Every training GIF also occurs in a test"):
+        corpora.load(profile("own_gifs"), folder=tmp_path, gifs=gifs, qa=path)
+
+
+def test_natural_gifs(shared_data):
+    folder = shared_data / "gifs" / "natural"
+    corpus = own_gifs.load(folder, folder / "qa.csv")
+    written = pd.read_csv(folder / "qa.csv", keep_default_na=False, dtype=str)
+    assert corpus.rejects.empty
+    assert corpus.questions.question.tolist() == written.question.tolist()
+    assert corpus.questions.answer.tolist() == written.answer.tolist()
+    assert corpus.questions.task.value_counts().to_dict() == written.task.value_counts().to_dict()
+    test_gifs = set(corpus.questions.gif[corpus.questions.split == "test"])
+    assert len(test_gifs) == round(0.2 * written.gif.nunique())
+    assert not test_gifs & set(corpus.questions.gif[corpus.questions.split == "train"])

@@ -1,0 +1,346 @@
+"""TGIF-QA loading: hand-written files in each of the circulating formats, and the real ones where they are at hand."""
+
+import zipfile
+
+import pandas as pd
+import pytest
+
+from helpers import corpora
+from helpers.corpora import CorpusError, drop_leaked, question_form, tgif_qa
+
+ACTION = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey"
+COUNT = "gif_name\tquestion\tanswer\tvid_id\tkey"
+FRAMEQA = "gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription"
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(f"{line}\r\n" for line in lines).encode())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A few rows of every kind: quotes as text, a GIF of several tasks, one leaked GIF, HQGA's encoding."""
+    questions = tmp_path / "questions"
+    write(
+        questions / "Train_action_question.csv",
+        ACTION,
+        "tumblr_a\tWhat does the man do 3 times ?\trun\tnod\twave\tjump\tclap\t0\tACTION1\t11",
+        "tumblr_b\tWhat does the cat do 2 times ?\trun\tnod\twave\tjump\tclap\t4\tACTION2\t12",
+    )
+    write(
+        questions / "Test_transition_question.csv",
+        ACTION,
+        'tumblr_c\tWhat does he do before nod ?\tlean\t"write ""yes"""\trun\tsit\tsay "no\t1\tTRANS1\t13',
+        "tumblr_b\tWhat does he do after nod ?\tlean\trun\tsit\twave\tjump\t2\tTRANS2\t12",
+    )
+    write(
+        questions / "Train_count_question.csv",
+        COUNT,
+        "tumblr_a\tHow many times does the man run ?\t0\tCOUNT1\t11",
+        "tumblr_d\tHow many times does the cat run ?\t10\tCOUNT2\t14",
+    )
+    write(
+        questions / "Test_frameqa_question.csv",
+        FRAMEQA,
+        "tumblr_c\twhat is on the mat ?\tcat\t0\tFRAMEQA1\t13\ta cat is on the mat .",
+        "tumblr_e\thow many dogs run ?\ttwo\t1\tFRAMEQA2\t15\ttwo dogs run .",
+    )
+    (questions / "hqga_frameqa_train.csv").write_text(
+        "video,width,height,question,answer,qid\n"
+        "14,477,280,what is the color of the hair,brown,FRAMEQA3\n"
+        '99,204,209,"where, then, is the man",tshirt,FRAMEQA4\n'
+    )
+    return questions
+
+
+def by_id(corpus):
+    return corpus.questions.set_index("question_id")
+
+
+def test_every_format_becomes_one_table(folder):
+    corpus = tgif_qa.load(folder)
+    assert corpus.name == "tgif_qa" and corpus.gifs == {} and corpus.rejects.empty
+    assert list(corpus.questions.columns) == corpora.QUESTION_COLUMNS
+    rows = by_id(corpus)
+    assert rows.index.is_unique and len(rows) == 10
+    assert rows.loc["ACTION2-train"].to_dict() == {
+        "gif": "tumblr_b",
+        "split": "train",
+        "task": "action",
+        "question": "What does the cat do 2 times ?",
+        "options": ["run", "nod", "wave", "jump", "clap"],
+        "answer": "clap",
+        "label": 4,
+        "type": "",
+    }
+    # the count keeps the raw label: 0 is the data set's code for once
+    assert rows.loc["COUNT1-train", ["answer", "label"]].tolist() == ["0", 0]
+    assert rows.loc["FRAMEQA2-test", ["answer", "label", "type"]].tolist() == ["two", -1, "number"]
+
+
+def test_quotes_are_text(folder):
+    row = by_id(tgif_qa.load(folder)).loc["TRANS1-test"]
+    assert row.options == ["lean", '"write ""yes"""', "run", "sit", 'say "no']
+    assert row.answer == '"write ""yes"""'
+
+
+def test_description_is_not_carried_along(folder):
+    questions = tgif_qa.load(folder).questions
+    assert "description" not in questions.columns
+    assert not questions.map(str).map(lambda cell: "on the mat ." in cell or "dogs run ." in cell).to_numpy().any()
+
+
+def test_hqga_rows_take_the_official_names_and_wording(folder):
+    rows = by_id(tgif_qa.load(folder))
+    # key 14 is named by the count file; key 99 by none
+    assert rows.loc["FRAMEQA3-train", ["gif", "question", "type"]].tolist() == [
+        "tumblr_d",
+        "what is the color of the hair ?",
+        "color",
+    ]
+    assert rows.loc["FRAMEQA4-train", ["gif", "question", "answer", "type"]].tolist() == [
+        "99",
+        "where, then, is the man ?",
+        "t-shirt",
+        "location",
+    ]
+
+
+def test_hqga_multiple_choice(tmp_path):
+    path = tmp_path / "action" / "test.csv"
+    path.parent.mkdir()
+    path.write_text(
+        "video,width,height,question,a0,a1,a2,a3,a4,answer,qid\n7,1,1,what does he do 3 times,a,b,c,d,e,3,ACTION9\n"
+    )
+    row = by_id(tgif_qa.load(tmp_path)).loc["ACTION9-test"]
+    assert (row.question, row.answer, row.label, row.gif) == ("What does he do 3 times ?", "d", 3, "7")
+
+
+def test_bad_rows_are_rejected_by_file_and_row(folder):
+    write(
+        folder / "Test_action_question.csv",
+        ACTION,
+        "tumblr_f\tWhat does he do ?\ta\tb\tc\td\te\t5\tACTION5\t20",
+        "tumblr_g\tWhat does he do ?\ta\tb\tc\td\te\t4\tACTION6\t21",
+        "tumblr_h\tWhat does he do ?\ta\tb\tc\td\t4\tACTION7\t22",
+        "tumblr_i\t \ta\tb\tc\td\te\t4\tACTION8\t23",
+        "tumblr_j\tWhat does he do ?\ta\tb\tc\td\te\t-1\tACTION9\t24",
+        "tumblr_k\tWhat does he do ?\ta\t\tc\td\te\t0\tACTION10\t25",
+        "tumblr_g\tWhat does he do ?\ta\tb\tc\td\te\tfour\tACTION11\t21",
+        "tumblr_g\tThe same again ?\ta\tb\tc\td\te\t4\tACTION6\t21",
+    )
+    write(folder / "Test_count_question.csv", COUNT, "tumblr_l\tHow often ?\t11\tCOUNT9\t30")
+    write(folder / "Test_riddle_question.csv", COUNT, "tumblr_l\tHow often ?\t2\tX9\t30")
+    corpus = tgif_qa.load(folder)
+    assert by_id(corpus).loc["ACTION6-test", "question"] == "What does he do ?"
+    assert len(corpus.questions) == 11
+    reasons = {where: (item, reason) for item, where, reason in corpus.rejects.itertuples(index=False)}
+    expected = {
+        "Test_action_question.csv row 2": ("tumblr_f", "out of range"),
+        "Test_action_question.csv row 4": ("tumblr_h", "9 columns, but the header has 10"),
+        "Test_action_question.csv row 5": ("tumblr_i", "question is empty"),
+        "Test_action_question.csv row 6": ("tumblr_j", "out of range"),
+        "Test_action_question.csv row 7": ("tumblr_k", "none of them empty"),
+        "Test_action_question.csv row 8": ("tumblr_g", "'four'"),
+        "Test_action_question.csv row 9": ("tumblr_g", "repeats question ACTION6-test"),
+        "Test_count_question.csv row 2": ("tumblr_l", "outside 0 to 10"),
+        "questions": ("Test_riddle_question.csv", "one task"),
+    }
+    assert reasons.keys() == expected.keys()
+    for where, (item, reason) in expected.items():
+        assert reasons[where][0] == item and reason in reasons[where][1]
+
+
+def test_an_official_row_wins_over_its_hqga_copy(folder):
+    (folder / "a_frameqa_test.csv").write_text(
+        "video,width,height,question,answer,qid\n13,1,1,what is on the mat,dog,FRAMEQA1\n"
+    )
+    corpus = tgif_qa.load(folder)
+    assert by_id(corpus).loc["FRAMEQA1-test", "answer"] == "cat"
+    assert corpus.rejects["where"].tolist() == ["a_frameqa_test.csv row 2"]
+
+
+def test_broken_bytes_and_open_quotes_cost_their_own_row(folder):
+    with (folder / "Train_count_question.csv").open("ab") as file:
+        file.write(b"tumblr_\xff\tHow many times ?\t2\tCOUNT7\t40\r\ntumblr_z\tHow many times ?\t2\tCOUNT8\t41\r\n")
+    with (folder / "hqga_frameqa_train.csv").open("a") as file:
+        file.write('98,1,1,"what is open,cat,FRAMEQA7\n97,1,1,what is shut,dog,FRAMEQA8\n')
+    corpus = tgif_qa.load(folder)
+    assert {"COUNT8-train", "FRAMEQA8-train"} <= set(corpus.questions.question_id)
+    assert corpus.rejects["where"].tolist() == ["Train_count_question.csv row 4", "hqga_frameqa_train.csv row 4"]
+
+
+def test_unreadable_folders_are_clear_errors(tmp_path):
+    with pytest.raises(CorpusError, match="there is no folder"):
+        tgif_qa.load(tmp_path / "absent")
+    with pytest.raises(CorpusError, match="Train_action_question"):
+        tgif_qa.load(tmp_path)
+    write(tmp_path / "Train_count_question.csv", "gif_name\tquestion\tvid_id\tkey", "a\tb\tc\td")
+    with pytest.raises(CorpusError, match=r"Train_count_question\.csv: no column answer .*vid_id"):
+        tgif_qa.load(tmp_path)
+    write(tmp_path / "Train_count_question.csv", COUNT, "a\tHow many times ?\tmany\tc\td")
+    with pytest.raises(CorpusError, match=r"No usable question .*'many' \(1 times\)"):
+        tgif_qa.load(tmp_path)
+
+
+def test_drop_leaked(folder):
+    kept = drop_leaked(tgif_qa.load(folder).questions)
+    # tumblr_b is a transition test GIF, so its action training row goes; test rows all stay
+    assert set(kept.question_id) == {
+        "ACTION1-train",
+        "COUNT1-train",
+        "COUNT2-train",
+        "FRAMEQA3-train",
+        "FRAMEQA4-train",
+        "TRANS1-test",
+        "TRANS2-test",
+        "FRAMEQA1-test",
+        "FRAMEQA2-test",
+    }
+
+
+def test_gifs_in_a_folder(folder, tmp_path):
+    gifs = tmp_path / "gifs"
+    for name in ("tumblr_a.gif", "part2/tumblr_c.GIF", "part2/tumblr_a.gif", "unused.gif", "tumblr_d.jpg"):
+        (gifs / name).parent.mkdir(parents=True, exist_ok=True)
+        (gifs / name).touch()
+    corpus = tgif_qa.load(folder, gifs)
+    assert corpus.gifs == {"tumblr_a": str(gifs / "tumblr_a.gif"), "tumblr_c": str(gifs / "part2" / "tumblr_c.GIF")}
+    assert set(corpus.questions.gif) == {"tumblr_a", "tumblr_c"}
+    assert set(corpus.rejects.item) == {"tumblr_b", "tumblr_d", "tumblr_e", "99"}
+    assert corpus.rejects["where"].unique().tolist() == ["gifs"]
+
+
+def test_gifs_in_an_archive(folder, tmp_path):
+    archive = tmp_path / "tgif.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for member in ("gifs/tumblr_a.gif", "../tumblr_b.gif", "/tumblr_c.gif", "__MACOSX/._tumblr_d.gif"):
+            file.writestr(member, b"GIF89a")
+    corpus = tgif_qa.load(folder, archive)
+    assert corpus.gifs == {"tumblr_a": f"{archive}::gifs/tumblr_a.gif"}
+    escaping = corpus.rejects[corpus.rejects.reason.str.contains("leads out")]
+    assert set(escaping.item) == {"../tumblr_b.gif", "/tumblr_c.gif"}
+
+
+def test_gifs_in_a_list_of_urls(folder, tmp_path):
+    urls = tmp_path / "tgif-v1.0.tsv"
+    urls.write_text(
+        "https://38.media.tumblr.com/9f/tumblr_a.gif\ta man runs .\n"
+        "https://38.media.tumblr.com/9f/tumblr_a.gif\tsomeone runs .\n"
+        "https://38.media.tumblr.com/8e/tumblr_c.gif?x=1\ta cat .\n"
+        "file:///etc/tumblr_d.gif\tno .\n"
+        "https://38.media.tumblr.com/8e/tumblr_e.jpg\tno .\n"
+    )
+    corpus = tgif_qa.load(folder, urls)
+    assert corpus.gifs == {
+        "tumblr_a": "https://38.media.tumblr.com/9f/tumblr_a.gif",
+        "tumblr_c": "https://38.media.tumblr.com/8e/tumblr_c.gif?x=1",
+    }
+    assert corpus.rejects["where"].tolist()[:2] == ["tgif-v1.0.tsv row 4", "tgif-v1.0.tsv row 5"]
+
+
+def test_gif_sources_without_gifs_are_clear_errors(folder, tmp_path):
+    with pytest.raises(CorpusError, match="there is no folder, zip archive or list"):
+        tgif_qa.load(folder, tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match="holds none"):
+        tgif_qa.load(folder, tmp_path / "empty")
+    (tmp_path / "empty" / "other.gif").touch()
+    with pytest.raises(CorpusError, match=r"No usable question .*not there"):
+        tgif_qa.load(folder, tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("question", "form"),
+    [
+        ("how many cats run ?", "number"),
+        ("what color is the circle ?", "color"),
+        ("What is the colour of the hair ?", "color"),
+        ("where is the man ?", "location"),
+        ("what is golden color moving its two hind legs ?", "object"),
+        ("who colors the wall where they stand ?", "object"),
+    ],
+)
+def test_question_form(question, form):
+    assert question_form(question) == form
+
+
+# The real files. Expected numbers are those that the data set's README and other readers of the files published.
+
+
+@pytest.fixture(scope="session")
+def real(shared_data):
+    return tgif_qa.load(shared_data / "tgif_qa")
+
+
+def test_real_counts(real):
+    assert real.rejects.empty
+    assert real.questions.question_id.is_unique
+    assert real.questions.groupby(["split", "task"]).size().to_dict() == {
+        ("test", "action"): 2274,
+        ("test", "count"): 3554,
+        ("test", "frameqa"): 13691,
+        ("test", "transition"): 6232,
+        ("train", "action"): 20475,
+        ("train", "count"): 26843,
+        ("train", "frameqa"): 39392,
+    }
+    test = real.questions[real.questions.split == "test"]
+    assert test.gif.nunique() == 9575
+    assert test[test.task == "frameqa"].gif.nunique() == 7132
+
+
+def test_real_quotes_survive(real, shared_data):
+    texts = real.questions.question.tolist() + [option for row in real.questions.options for option in row]
+    raw = b"".join(path.read_bytes() for path in (shared_data / "tgif_qa").glob("*.csv"))
+    assert sum(text.count('"') for text in texts) == raw.count(b'"') == 12
+
+
+def test_real_labels(real):
+    test = real.questions[real.questions.split == "test"]
+    labels = test[test.task == "count"].label.clip(lower=1).value_counts().sort_index()
+    assert labels.tolist() == [918, 914, 582, 394, 222, 161, 85, 73, 41, 164]
+    assert test[test.task == "action"].label.value_counts().sort_index().tolist() == [463, 448, 471, 446, 446]
+    transition = test[test.task == "transition"]
+    assert transition.label.value_counts().sort_index().tolist() == [1192, 1175, 1314, 1271, 1280]
+    assert all(row.options[row.label] == row.answer for row in transition.itertuples())
+    frameqa = test[test.task == "frameqa"]
+    types = {"object": 5586, "color": 3904, "number": 3148, "location": 1053}
+    assert frameqa.type.value_counts().to_dict() == types
+    assert (frameqa.answer == "two").sum() == 2395
+    assert real.questions[real.questions.task == "frameqa"].answer.nunique() == 1746
+
+
+def test_real_wording_of_hqga_is_the_official_one(real):
+    frameqa = real.questions[real.questions.task == "frameqa"]
+    train, test = frameqa[frameqa.split == "train"], frameqa[frameqa.split == "test"]
+    assert test.question.isin(set(train.question)).mean() == pytest.approx(0.304, abs=5e-4)
+    assert test.question.map(question_form).tolist() == test.type.tolist()
+
+
+def test_real_leakage(real):
+    gifs = real.questions.groupby(["split", "task"]).gif.agg(set)
+
+    def leaked(train, test):
+        return len(gifs["train", train] & gifs["test", test])
+
+    assert [leaked("action", task) for task in ("action", "count", "frameqa", "transition")] == [0, 397, 275, 93]
+    assert [leaked("count", task) for task in ("action", "count", "frameqa", "transition")] == [35, 0, 0, 0]
+    assert leaked("frameqa", "action") == 14
+    in_train = set().union(*gifs["train"])
+    test_gifs = set().union(*gifs["test"])
+    assert len(in_train & test_gifs) == 432
+    kept = drop_leaked(real.questions)
+    assert not set(kept.gif[kept.split == "train"]) & test_gifs
+    dropped = pd.Index(real.questions.question_id).difference(pd.Index(kept.question_id))
+    leaked_rows = real.questions[(real.questions.split == "train") & real.questions.gif.isin(test_gifs)]
+    assert set(dropped) == set(leaked_rows.question_id)
+
+
+def test_real_url_list_names_the_gifs(real, shared_data):
+    sources = tgif_qa.gif_sources(shared_data / "tgif_qa" / "tgif_splits_test.txt", [])
+    assert len(sources) == 11360
+    action = real.questions[real.questions.task == "action"]
+    found = action[action.gif.isin(sources)]
+    assert found.groupby("split").gif.nunique().to_dict() == {"test": 2052, "train": 400}
