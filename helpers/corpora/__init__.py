@@ -188,7 +188,7 @@ def load(
         corpus = own_gifs.load(gifs, qa, holdout=holdout, seed=seed)
     else:
         raise CorpusError(f"Unknown corpus {name!r} in data.corpus; there are shapes, tgif_qa and own_gifs.")
-    return _without_leaks(corpus)
+    return _without_leaks(corpus, name)
 
 
 def _required(value: str | Path | None, name: str, meaning: str) -> str | Path:
@@ -197,7 +197,7 @@ def _required(value: str | Path | None, name: str, meaning: str) -> str | Path:
     return value
 
 
-def _without_leaks(corpus: Corpus) -> Corpus:
+def _without_leaks(corpus: Corpus, name: str) -> Corpus:
     kept = drop_leaked(corpus.questions)
     leaked = corpus.questions[~corpus.questions.question_id.isin(kept.question_id)]
     if len(leaked) and "train" not in set(kept.split):
@@ -208,7 +208,7 @@ def _without_leaks(corpus: Corpus) -> Corpus:
     ]
     used = set(kept.gif)
     return Corpus(
-        name=corpus.name,
+        name=name,
         questions=kept,
         gifs={gif: source for gif, source in corpus.gifs.items() if gif in used},
         rejects=pd.concat([corpus.rejects, reject_table(rejects)], ignore_index=True),

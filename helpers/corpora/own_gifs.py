@@ -17,7 +17,6 @@ import pandas as pd
 
 from helpers.corpora import (
     MULTIPLE_CHOICE,
-    QUESTION_COLUMNS,
     SPLITS,
     TASKS,
     TYPES,
@@ -189,12 +188,12 @@ def write_own_gifs_csv(questions: pd.DataFrame, path: str | Path) -> None:
     A GIF's name gets the ending .gif if it has none. Raises `CorpusError` if an option holds a vertical bar or a
     column is missing.
     """
-    missing = [column for column in QUESTION_COLUMNS if column not in questions.columns]
+    missing = [column for column in [*COLUMNS, "split", "type"] if column not in questions.columns]
     if missing:
         raise CorpusError(f"Questions to write to {path}: no column {', '.join(missing)}.")
     for row in questions.itertuples():
         if any("|" in option for option in row.options):
-            raise CorpusError(f"Question {row.question_id}: an option holds '|', which separates options in a CSV.")
+            raise CorpusError(f"{row.gif}, {row.question!r}: an option holds '|', which separates options in a CSV.")
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8", newline="") as file:

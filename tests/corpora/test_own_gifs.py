@@ -209,7 +209,7 @@ def test_an_option_with_a_bar_is_not_written(gifs, tmp_path):
     row = corpora.question_row(
         question_id="1", gif="cat", split="test", task="action", question="What ?", answer="0", options=["a|b", "c"]
     )
-    with pytest.raises(CorpusError, match=r"Question 1: an option holds '\|'"):
+    with pytest.raises(CorpusError, match=r"cat, 'What \?': an option holds '\|'"):
         own_gifs.write_own_gifs_csv(corpora.question_table([row]), tmp_path / "out.csv")
     assert not list(tmp_path.glob("out.csv*"))
 
