@@ -85,7 +85,7 @@ def predict(
 
     Args:
         model: a `GifQAModel`; one with `video=False` never sees the GIF.
-        questions: QA table with `gif_sha256` and `num_frames`.
+        questions: QA table with `gif_sha256`.
         features: a `FeatureTable`.
         config: the profile's evaluation section (`batch_tokens`, `options_in_prompt`, `num_beams`).
         shuffle_seed: if given, every question is asked about another GIF (see `shuffle_gifs`); a question without a
@@ -98,8 +98,6 @@ def predict(
         are the summed log-probabilities of the candidates: the options, the numbers 1 to 10, or for FrameQA the
         generated answer; `confidence` is the probability that the model gives its own prediction.
     """
-    if "num_frames" not in questions or "gif_sha256" not in questions:
-        raise ValueError("questions need the columns gif_sha256 and num_frames; join them from the feature table first")
     questions = questions.reset_index(drop=True)
     seen = questions["gif_sha256"] if shuffle_seed is None else shuffle_gifs(questions, shuffle_seed)["gif_sha256"]
     asked = questions.assign(seen_gif_sha256=seen)
@@ -109,9 +107,8 @@ def predict(
         if rows.empty:
             continue
         part = cache / f"{task}.parquet" if cache is not None else None
-        if part is not None and part.is_file():
-            answers = pd.read_parquet(part)
-        else:
+        answers = _finished(part, rows)
+        if answers is None:
             answers = _predict_task(model, rows, features, config, groups, vocabulary, f"{description}: {task}")
             if part is not None:
                 save_predictions(answers, part)
@@ -121,6 +118,15 @@ def predict(
     return asked[["question_id"]].merge(answers[columns], on="question_id", how="left", validate="one_to_one")
 
 
+def _finished(part: Path | None, rows: pd.DataFrame) -> pd.DataFrame | None:
+    """Answers of an earlier run, or None if there are none or they are of other questions or GIFs."""
+    if part is None or not part.is_file():
+        return None
+    answers = pd.read_parquet(part)
+    same = all(answers[name].tolist() == rows[name].tolist() for name in ("question_id", "seen_gif_sha256"))
+    return answers if same else None
+
+
 def _predict_task(model, rows, features, config, groups, vocabulary, description) -> pd.DataFrame:
     task = rows["task"].iloc[0]
     gifs = rows["seen_gif_sha256"].tolist()
@@ -128,7 +134,10 @@ def _predict_task(model, rows, features, config, groups, vocabulary, description
     shown = options if config.options_in_prompt and task in MULTIPLE_CHOICE else [None] * len(rows)
     prompts = [model.encode_prompt(question, choice) for question, choice in zip(rows["question"], shown, strict=True)]
     candidates = options if task in MULTIPLE_CHOICE else [list(COUNTS)] * len(rows) if task == "count" else None
+    tokens = {text: len(model.encode_answer(text)) for texts in candidates or [] for text in texts}
     lengths = np.array([len(prompt) for prompt in prompts])
+    if candidates is not None:
+        lengths = lengths + [sum(tokens[text] for text in texts) for texts in candidates]
     if model.video:
         lengths = lengths + features.lengths(gifs, groups)
     results: dict[int, dict] = {}
@@ -240,6 +249,8 @@ def join_variants(questions: pd.DataFrame, variants: dict[str, pd.DataFrame]) ->
     """
     if "main" not in variants:
         raise ValueError(f"no variant named 'main' among {sorted(variants)}")
+    if missing := [column for column in BASE_COLUMNS if column not in questions]:
+        raise ValueError(f"the questions lack {', '.join(missing)} (num_frames comes from the feature table)")
     table = questions[BASE_COLUMNS].reset_index(drop=True)
     for name, answers in variants.items():
         answers = answers.dropna(axis=1, how="all") if name != "main" else answers
@@ -438,6 +449,19 @@ def calibration(predictions: pd.DataFrame, variant: str = "main", bins: int = 10
 def expected_calibration_error(table: pd.DataFrame) -> float:
     """ECE = sum over bins of n_b / n * |accuracy_b - confidence_b| (Guo et al. 2017, equation 3)."""
     return float((table["n"] * (table["accuracy"] - table["confidence"]).abs()).sum() / table["n"].sum())
+
+
+def gallery_examples(predictions: pd.DataFrame, each: int, seed: int) -> pd.DataFrame:
+    """Up to `each` right and `each` wrong answers of the model for every task, drawn at random.
+
+    Returns:
+        rows of `predictions` with the boolean column `right`, right answers of a task before its wrong ones.
+    """
+    right = correctness(predictions)
+    rows = predictions.loc[right.index].assign(right=right).sample(frac=1, random_state=seed)
+    rows = rows.groupby(["task", "right"], sort=False).head(each)
+    order = rows["task"].map(TASKS.index) * 2 + ~rows["right"]
+    return rows.loc[order.sort_values(kind="stable").index]
 
 
 # ---------------------------------------------------------------- baselines on text alone

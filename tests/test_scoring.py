@@ -71,6 +71,9 @@ class FakeModel:
     def encode_prompt(self, question, options=None):
         return [ord(letter) for letter in question + "|".join(options or [])]
 
+    def encode_answer(self, answer):
+        return [ord(letter) for letter in f" {answer}"]
+
     def _value(self, prompt, text, frames, row):
         seen = float(frames[row].sum()) if frames is not None else 0.0
         return -((sum(prompt) * 31 + sum(map(ord, text)) * 17 + int(seen) * 101) % 97) / 10
@@ -195,9 +198,18 @@ def test_finished_tasks_are_kept_and_not_asked_again(tmp_path):
     assert [list(s) for s in resumed["scores"]] == [list(s) for s in whole["scores"]]
 
 
-def test_predict_says_which_columns_are_missing():
+def test_kept_answers_of_other_questions_are_not_used(tmp_path):
+    questions = world(6)
+    scoring.predict(FakeModel(), questions.iloc[:12], FakeFeatures(), CONFIG, groups=1, cache=tmp_path)
+    kept = scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1, cache=tmp_path)
+    pd.testing.assert_frame_equal(kept, scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1))
+
+
+def test_missing_columns_are_named():
+    questions = world(2).drop(columns="num_frames")
+    main = scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1)
     with pytest.raises(ValueError, match="num_frames"):
-        scoring.predict(FakeModel(), world(2).drop(columns="num_frames"), FakeFeatures(), CONFIG, groups=1)
+        scoring.join_variants(questions, {"main": main})
 
 
 def test_token_batches_cover_every_row_once_within_the_budget():
@@ -368,6 +380,18 @@ def test_difference_is_paired():
     row = scoring.difference_table(both, [("main", "worse")], 200, 0).set_index("metric").loc["frameqa_accuracy"]
     a, b = loop_metrics(both)["frameqa_accuracy"], loop_metrics(both, "worse_")["worse_frameqa_accuracy"]
     assert row["difference"] == pytest.approx(a - b) and row["low"] >= 0
+
+
+def test_gallery_examples_are_right_and_wrong_ones_of_every_task():
+    table = predicted()
+    chosen = scoring.gallery_examples(table, 2, 0)
+    assert chosen["question_id"].is_unique
+    for row in chosen.itertuples():
+        target = str(max(row.label, 1)) if row.task == "count" else row.answer.lower()
+        assert row.right == (row.prediction == target)
+    sizes = chosen.groupby(["task", "right"]).size()
+    available = table.assign(right=scoring.correctness(table)).groupby(["task", "right"]).size()
+    assert (sizes == available.clip(upper=2)).all()
 
 
 # ---------------------------------------------------------------- intervals and calibration
