@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.models.xclip import additive_mask
+
 
 class ConnectorConfig(Protocol):
     """The profile's `connector` section, as far as it is read here."""
@@ -77,10 +79,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = None
-        if mask is not None:  # the finite minimum keeps a group without frames free of NaN
-            bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-            bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)[:, None, None, :]
+        bias = None if mask is None else additive_mask(mask, query.dtype)[:, None, None]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.output(attended.transpose(1, 2).flatten(2))
 

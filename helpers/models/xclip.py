@@ -7,14 +7,19 @@ was built for is padded, and the padding is masked in all three, which equals ru
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import XCLIPModel
 
+from helpers.workspace import find_model
+
 CONTRACT_VERSION = 1  # raise when the embeddings of the same frames would differ
+MASKED = -30000.0  # added to the attention score of a masked key
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Frames come resized with their short side straight to the model's size, as Hugging Face's processor does; VideoX's
@@ -27,19 +32,23 @@ def load_xclip(model_id: str, revision: str | None = None) -> XCLIPModel:
 
     Raises: `helpers.workspace.ModelNotFound` when the weights are nowhere to be had.
     """
-    from helpers.workspace import find_model
-
-    model = XCLIPModel.from_pretrained(find_model(model_id, revision), dtype=torch.float32, use_safetensors=True)
+    model = XCLIPModel.from_pretrained(find_model(model_id, revision), dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
 
-def key_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a boolean frame mask [B, T] into an additive attention mask [B, 1, T, T] that hides masked keys.
+def portable_name(model_id: str) -> str:
+    """Return a model's id as it may stand in a file: of a folder given by an absolute path, its name only."""
+    path = Path(model_id).expanduser()
+    return path.name if os.path.isabs(path) else model_id
 
-    The finite minimum (not -inf) keeps the softmax defined for a video without any valid frame.
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a boolean mask (True: attend) into one that is added to attention scores, of the same shape.
+
+    Finite, so that the softmax stays defined where nothing may be attended to; fit for fp16 under autocast, and low
+    enough that a masked key's weight is exactly 0.
     """
-    hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    return hidden[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, MASKED)
 
 
 class FrameEncoder(nn.Module):
@@ -54,7 +63,7 @@ class FrameEncoder(nn.Module):
         self.image_size: int = config.image_size
         self.embed_dim: int = xclip.config.projection_dim
         self.key = (
-            f"{name}@{revision or 'main'}|{self.frames_per_group}x{self.image_size}px|{PREPROCESSING}"
+            f"{portable_name(name)}@{revision or 'main'}|{self.frames_per_group}x{self.image_size}px|{PREPROCESSING}"
             f"|v{CONTRACT_VERSION}"
         )
         # Pixels are 0..255: the division by 255 is folded into the mean and the standard deviation.
@@ -64,7 +73,7 @@ class FrameEncoder(nn.Module):
     @contextmanager
     def _masked_messages(self, mask: Tensor, dtype: torch.dtype) -> Iterator[None]:
         # Hugging Face gives message attention no mask argument; a pre-hook adds one without a fork of the model.
-        attention_mask = key_mask(mask, dtype)
+        attention_mask = additive_mask(mask, dtype)[:, None, None]
 
         def add_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return args, {**kwargs, "attention_mask": attention_mask}
@@ -125,7 +134,8 @@ class MaskedMIT(nn.Module):
         frames = self.position_embedding.shape[1]
         if x.shape[1] != frames or mask.shape != x.shape[:2]:
             raise ValueError(f"this MIT takes [B, {frames}, D] with a mask [B, {frames}]; got {list(x.shape)}")
-        hidden = self.encoder(inputs_embeds=x + self.position_embedding, attention_mask=key_mask(mask, x.dtype))[0]
+        attention_mask = additive_mask(mask, x.dtype)[:, None, None]
+        hidden = self.encoder(inputs_embeds=x + self.position_embedding, attention_mask=attention_mask)[0]
         tokens = (hidden + x) * mask[..., None]
         pooled = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         return tokens, pooled
