@@ -122,7 +122,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def find_stage(run_folder: Path, name: str) -> Path:
-    """Return the folder of stage `name`: the run's own, else that of the upstream run which the run was started from."""
+    """Return the folder of stage `name`: the run's own, else that of the run that it builds on."""
     own = run_folder / name
     note = run_folder / "upstream"
     if not (own / "stage.json").is_file() and note.is_file():
