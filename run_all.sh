@@ -34,7 +34,7 @@ make_environment() {
     return 1
   fi
   index=$(torch_index)
-  if ! "$python" -m pip install --quiet --disable-pip-version-check ${index:+"$index"} -r "$lock"; then
+  if ! "$python" -m pip install -qq --disable-pip-version-check ${index:+"$index"} -r "$lock"; then
     echo "run_all.sh: the installation failed (see above). Mend the cause, then run this again; it goes on." >&2
     return 1
   fi

@@ -346,11 +346,12 @@ def _environment(plan: Plan, deadline: float | None) -> Iterator[None]:
 
     JUPYTER_PATH comes before a user's own kernel folders, where `python3` may be another environment.
     """
+    from ipykernel.kernelspec import get_kernel_dict
+
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True)
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        spec.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+        spec.write_text(json.dumps(get_kernel_dict()))
         before = dict(os.environ)
         os.environ |= {
             "HF_HUB_DISABLE_TELEMETRY": "1",
