@@ -1,0 +1,128 @@
+"""Training killed by -9 at a random step and started again equals a run never killed, bit for bit, in real processes.
+
+A real model on random checkpoints: NF4, LoRA with dropout, trained MIT, two epochs, evaluation after each.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPO = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import sys
+
+import numpy as np
+import pandas as pd
+
+from helpers.config import load_profile
+from helpers.models.gif_qa import GifQAModel
+from helpers.training import train
+
+xclip, llama, folder = sys.argv[1:]
+profile = load_profile("tiny", {
+    "encoder.model": xclip, "language_model.model": llama, "data.image_size": 32,
+    "language_model.quantisation": "nf4", "language_model.lora_dropout": 0.1,
+    "connector.hidden": 32, "training.epochs": 2, "training.tokens_per_step": 400,
+    "training.checkpoint_minutes": 1e-9, "training.log_steps": 5,
+})
+model = GifQAModel.build(profile)
+
+
+class Features:
+    encoder_key = model.encoder_key
+    frames = np.random.default_rng(0).integers(6, 49, 30)
+
+    def lengths(self, ids, groups):
+        return np.array([min(self.frames[int(i)], 16 * g) for i, g in zip(ids, groups)])
+
+    def fetch(self, ids, groups):
+        lengths = self.lengths(ids, groups)
+        out = np.zeros((len(ids), lengths.max(), 32), np.float16)
+        for row, (i, n) in enumerate(zip(ids, lengths)):
+            out[row, :n] = np.random.default_rng(int(i)).normal(size=(n, 32))
+        return out, lengths
+
+
+def questions(rows, seed):
+    rng = np.random.default_rng(seed)
+    answers = rng.choice(["red", "green", "small star"], rows)
+    return pd.DataFrame({
+        "gif_sha256": rng.integers(30, size=rows).astype(str), "task": "frameqa", "answer": answers, "label": -1,
+        "question": ["what color is the " + "small " * n + "circle ?" for n in rng.integers(0, 6, rows)],
+        "options": [[] for _ in range(rows)],
+    })
+
+
+result = train(model, questions(70, 1), Features(), profile, folder, eval_questions=questions(20, 2), progress=False)
+assert result.status == "complete", result
+"""
+
+
+@pytest.fixture
+def start(tmp_path, tiny_xclip_dir, tiny_llama_dir):
+    """Start a training process on a folder; all of them are gone after the test."""
+    script = tmp_path / "training_run.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = []
+
+    def launch(folder: Path) -> subprocess.Popen:
+        command = [sys.executable, str(script), str(tiny_xclip_dir), str(tiny_llama_dir), str(folder)]
+        log = (tmp_path / f"{folder.name}-{len(started)}.log").open("w")
+        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
+        return started[-1]
+
+    yield launch
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def finish(process: subprocess.Popen, tmp_path: Path) -> None:
+    if process.wait(timeout=120) != 0:
+        logs = "\n".join(path.read_text()[-3000:] for path in sorted(tmp_path.glob("*.log")))
+        pytest.fail(f"training ended with {process.returncode}:\n{logs}")
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def test_killed_and_resumed_equals_never_killed(start, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference, victim = start(whole), start(killed)
+    moment = random.randint(2, 22)  # of 26 steps; 13 an epoch
+    limit = time.monotonic() + 90
+    while not steps(killed) or steps(killed)[-1] < moment:
+        assert victim.poll() is None, f"training ended before step {moment}"
+        assert time.monotonic() < limit, "training makes no progress"
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    reached = steps(killed)[-1]
+    finish(reference, tmp_path)
+    finish(start(killed), tmp_path)
+
+    assert moment <= reached < steps(whole)[-1] == steps(killed)[-1], f"killed at {reached}"
+    a, b = (sorted((folder / "checkpoints").glob("step-*"))[-1] for folder in (whole, killed))
+    x, y = load_file(a / "trainable.safetensors"), load_file(b / "trainable.safetensors")
+    assert {name.split(".")[0] for name in x} == {"mit", "connector", "language_model"} and x.keys() == y.keys()
+    assert [name for name in x if not torch.equal(x[name], y[name])] == [], f"killed at step {reached}"
+    p, q = (torch.load(path / "optimizer.pt", weights_only=True) for path in (a, b))
+    assert p["param_groups"] == q["param_groups"]
+    for i, state in p["state"].items():
+        assert all(torch.equal(value, q["state"][i][key]) for key, value in state.items())
+    p, q = (pd.read_parquet(folder / "history.parquet").drop(columns="seconds") for folder in (whole, killed))
+    pd.testing.assert_frame_equal(p, q, check_exact=True)
+    assert p["eval_loss"].notna().sum() == 2 and p["epoch"].iloc[-1] == 2.0
+    assert not list(killed.glob("checkpoints/saving-*"))
