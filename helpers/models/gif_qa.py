@@ -321,8 +321,8 @@ class GifQAModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Pack [BOS] [video tokens] [rest of the text] of each row without gaps.
 
-        Returns embeddings [B, S, H], their mask [B, S], and `order` [B, S]: which column of [video tokens, text] each
-        came from. Padding is on the right, or with `left` on the left.
+        Returns embeddings [B, S, H], their mask [B, S], and `order` [B, S]: which column of input_ids each came from
+        (negative: a video token). Padding is on the right, or with `left` on the left.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
         # Sorting by rank puts BOS (0) first, then video (1), then text (2), with padding at one end; it is stable.
@@ -339,7 +339,7 @@ class GifQAModel(nn.Module):
         kept = slice(-length, None) if left else slice(length)
         order, mask = order[:, kept], mask[:, kept]
         packed = embeddings.gather(1, order[..., None].expand(-1, -1, embeddings.shape[-1]))
-        return packed, mask, order
+        return packed, mask, order - (rank.shape[1] - input_ids.shape[1])
 
     def _require_room(self, length: int) -> None:
         limit = getattr(self.language_model.config, "max_position_embeddings", None)
@@ -373,8 +373,7 @@ class GifQAModel(nn.Module):
         row-major order. Raises ValueError for a batch without an answer token or with frames of another encoder.
         """
         embeddings, mask, order = self._sequence(input_ids, attention_mask, self._frames(frames, lengths))
-        outside = order.new_full((len(labels), int(order.max()) + 1 - labels.shape[1]), IGNORED)
-        targets = torch.cat([outside, labels], dim=1).gather(1, order).masked_fill(~mask, IGNORED)[:, 1:]
+        targets = labels.gather(1, order.clamp(min=0)).masked_fill(~mask | (order < 0), IGNORED)[:, 1:]
         answers = targets != IGNORED
         hidden = self._hidden(embeddings, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))
         logits = self._logits(hidden[:, :-1][answers])

@@ -1,0 +1,612 @@
+"""The question answering model against loops over the stock language model, one unpadded sequence at a time."""
+
+import json
+import math
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, XCLIPModel
+
+import helpers.models.gif_qa as gif_qa
+from helpers.gifs import GifRejected
+from helpers.models.gif_qa import BundleError, GifQA, GifQAModel, gif_bytes, load_bundle, load_language_model
+from helpers.models.xclip import FrameEncoder
+
+QUESTIONS = ["what color is the circle ?", "how many times does the square jump ?", "who ?"]
+ANSWERS = ["red", "10", "a small blue star"]
+LENGTHS = [20, 0, 3]  # two groups; nothing to see; a short group beside an empty one
+VARIANTS = {
+    "llama": {},
+    "nf4": {"language_model__quantisation": "nf4"},
+    "qformer": {"connector__kind": "qformer"},
+    "ia3": {"language_model__adapter": "ia3", "language_model__target_modules": ["k_proj", "v_proj", "down_proj"]},
+    "gpt2": {"gpt2": True, "language_model__target_modules": ["c_attn", "c_proj", "c_fc"]},
+    "gpt2-nf4": {
+        "gpt2": True,
+        "language_model__quantisation": "nf4",
+        "language_model__target_modules": ["all-linear"],
+    },
+    "blind": {"video": False},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def build(make_model, tiny_gpt2_dir):
+    def make(variant, **more):
+        options = VARIANTS[variant] | more
+        if options.pop("gpt2", False):
+            options["language_model__model"] = str(tiny_gpt2_dir)
+        return make_model(**options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model(variant, build):
+    return build(variant)
+
+
+@pytest.fixture
+def llama(build):
+    return build("llama")
+
+
+def features(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    frames = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(seed))
+    return frames, torch.tensor(LENGTHS)
+
+
+def batch(model: GifQAModel, pad: int = 2) -> dict[str, torch.Tensor]:
+    """The right-padded training batch of all questions and their answers."""
+    rows = [(model.encode_prompt(q), model.encode_answer(a)) for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
+    width = max(len(p) + len(a) for p, a in rows)
+    ids = torch.tensor([p + a + [pad] * (width - len(p + a)) for p, a in rows])
+    labels = torch.tensor([[-100] * len(p) + a + [-100] * (width - len(p + a)) for p, a in rows])
+    mask = torch.tensor([[1] * len(p + a) + [0] * (width - len(p + a)) for p, a in rows])
+    frames, lengths = features()
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "frames": frames, "lengths": lengths}
+
+
+def prompts(model: GifQAModel) -> list[list[int]]:
+    return [model.encode_prompt(question) for question in QUESTIONS]
+
+
+def embed_alone(model: GifQAModel, text: list[int], frames: torch.Tensor) -> torch.Tensor:
+    """Embeddings [1, S, H] of one sequence built by hand: BOS, each group's valid video tokens, the other tokens."""
+    words = model.language_model.get_input_embeddings()(torch.tensor(text))
+    parts = [words[:1]]
+    for group in frames.split(16) if model.video else []:
+        if len(group):
+            padded, mask = torch.zeros(1, 16, 32), torch.arange(16)[None] < len(group)
+            padded[0, : len(group)] = group
+            tokens, token_mask = model.connector(padded, *model.mit(padded, mask), mask)
+            parts.append(tokens[token_mask])
+    return torch.cat([*parts, words[1:]])[None]
+
+
+def log_probs_alone(model: GifQAModel, prompt: list[int], answer: list[int], frames: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the answer's tokens from the stock model's full logits over one unpadded sequence."""
+    logits = model.language_model(inputs_embeds=embed_alone(model, prompt + answer, frames)).logits[0].float()
+    predictions = logits.log_softmax(-1)[-len(answer) - 1 : -1]
+    return predictions[torch.arange(len(answer)), answer]
+
+
+# ---- Training pass -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_batch_equals_one_unpadded_sequence_at_a_time(model):
+    frames, lengths = features()
+    alone = [
+        log_probs_alone(model, prompt, model.encode_answer(answer), video[:length])
+        for prompt, answer, video, length in zip(prompts(model), ANSWERS, frames, lengths, strict=True)
+    ]
+    alone = torch.cat(alone)
+    inputs = batch(model)
+    output = model(**inputs)
+    assert output["logits"].shape == (len(alone), model.language_model.config.vocab_size)
+    labels = inputs["labels"]
+    together = output["logits"].log_softmax(-1)[torch.arange(len(alone)), labels[labels != -100]]
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(output["loss"], -alone.mean(), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_of_any_kind_changes_nothing(model):
+    inputs = batch(model)
+    other = batch(model, pad=77)  # another padding token
+    noise = torch.full_like(other["frames"], 9.0)
+    valid = torch.arange(20) < other["lengths"][:, None]
+    other["frames"] = torch.where(valid[..., None], other["frames"], noise)  # other content behind the frames
+    assert torch.equal(model(**inputs)["logits"], model(**other)["logits"])
+
+    wider = batch(model)
+    for name, fill in (("input_ids", 5), ("attention_mask", 0), ("labels", -100)):
+        wider[name] = torch.nn.functional.pad(wider[name], (0, 7), value=fill)
+    wider["frames"] = torch.nn.functional.pad(wider["frames"], (0, 0, 0, 25))
+    torch.testing.assert_close(model(**wider)["logits"], model(**inputs)["logits"], atol=2e-5, rtol=1e-5)
+
+    left = batch(model)
+    for row, mask in enumerate(left["attention_mask"].clone()):
+        for name in ("input_ids", "attention_mask", "labels"):
+            left[name][row] = left[name][row].roll(int((mask == 0).sum()))
+    torch.testing.assert_close(model(**left)["logits"], model(**inputs)["logits"], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_video_and_question_matter_but_no_label_outside_the_answer(llama):
+    inputs = batch(llama)
+    logits = llama(**inputs)["logits"]
+    frames, _ = features(seed=1)
+    changed = llama(**{**inputs, "frames": frames})["logits"]
+    counts = [len(llama.encode_answer(answer)) for answer in ANSWERS]
+    seen, blind, short = (logits - changed).abs().amax(1).split(counts)
+    assert seen.min() > 1e-3
+    assert short.min() > 1e-3
+    assert not blind.any()  # the second row shows no frame
+
+    question = inputs["input_ids"].clone()
+    question[:, 3] = 90
+    assert (llama(**{**inputs, "input_ids": question})["logits"] - logits).abs().amax(1).min() > 1e-3
+
+
+def test_only_answers_are_trained_on(llama):
+    inputs = batch(llama)
+    logits = llama(**inputs)["logits"]
+    labels = [label for answer in ANSWERS for label in llama.encode_answer(answer)]
+    assert len(logits) == len(labels)
+    with pytest.raises(ValueError, match="no answer token"):
+        llama(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)})
+
+
+@pytest.mark.parametrize("train_mit", [True, False])
+def test_gradient_flows_only_where_intended(build, variant, train_mit):
+    model = build(variant, connector__train_mit=train_mit).train()
+    model(**batch(model))["loss"].backward()
+    parts = {"language_model", *(["connector"] if model.video else []), *(["mit"] if model.video and train_mit else [])}
+    found = set()
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        intended = part in parts and (part != "language_model" or "lora_" in name or "ia3_" in name)
+        assert parameter.requires_grad == intended, name
+        assert (parameter.grad is not None) == intended, name
+        if intended:
+            found.add(part)
+            assert parameter.dtype == torch.float32
+            # A bias of keys shifts all scores of a query alike: its gradient is zero in exact arithmetic.
+            assert parameter.grad.any() or name.endswith("k_proj.bias"), name
+    assert found == parts
+
+
+def test_training_lowers_the_loss_of_video_dependent_answers(build):
+    """Same question, different GIFs, different answers: only a model that reads the video tokens can fit them."""
+    model = build("llama").train()
+    inputs = batch(model)
+    prompt, answers = model.encode_prompt(QUESTIONS[0]), [model.encode_answer(a) for a in ("1", "2", "3")]
+    inputs["input_ids"] = torch.tensor([prompt + answer for answer in answers])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["labels"] = torch.tensor([[-100] * len(prompt) + answer for answer in answers])
+    inputs["lengths"] = torch.tensor([20, 5, 3])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(60):
+        loss = model(**inputs)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    assert model.generate([prompt] * 3, inputs["frames"], inputs["lengths"]) == ["1", "2", "3"]
+
+
+@torch.no_grad()
+def test_half_precision_autocast_stays_finite_with_empty_groups(llama):
+    inputs = batch(llama)
+    exact = llama(**inputs)["loss"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = llama(**inputs)["loss"]
+    assert loss.item() == pytest.approx(exact.item(), rel=0.1)
+
+
+def test_build_is_repeatable_and_leaves_the_random_state_alone(make_profile):
+    def weights(seed):
+        model = GifQAModel.build(make_profile(training__seed=seed), torch.device("cpu"))
+        return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
+
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, again, other = weights(0), weights(0), weights(1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# ---- Answers -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy_alone(model: GifQAModel, prompt: list[int], frames: torch.Tensor) -> str:
+    """Greedy decoding by hand: the whole sequence again for every token, no cache, no padding."""
+    tokens: list[int] = []
+    for _ in range(gif_qa.MAX_NEW_TOKENS):
+        logits = model.language_model(inputs_embeds=embed_alone(model, prompt + tokens, frames)).logits
+        token = int(logits[0, -1].argmax())
+        if token == model.tokenizer.eos_token_id:
+            break
+        tokens.append(token)
+    return model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_greedy_generation_equals_uncached_unpadded_decoding(model):
+    frames, lengths = features()
+    alone = [greedy_alone(model, p, f[:n]) for p, f, n in zip(prompts(model), frames, lengths, strict=True)]
+    assert model.generate(prompts(model), frames, lengths) == alone
+
+
+def test_beam_search_equals_uncached_unpadded_beam_search(model):
+    frames, lengths = features()
+    alone = []
+    for prompt, video, length in zip(prompts(model), frames, lengths, strict=True):
+        with torch.no_grad():
+            tokens = model.language_model.generate(
+                inputs_embeds=embed_alone(model, prompt, video[:length]),
+                max_new_tokens=gif_qa.MAX_NEW_TOKENS,
+                num_beams=3,
+                do_sample=False,
+                use_cache=False,
+            )
+        alone.append(model.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+    assert model.generate(prompts(model), frames, lengths, num_beams=3) == alone
+
+
+CANDIDATES = [["red", "blue", "a small green star", "", "red"], ["1", "10"], ["it spins"]]
+
+
+@pytest.mark.parametrize("tokens_a_row", [512, 6])  # 6: candidates spread over several rows
+@torch.no_grad()
+def test_shared_prefix_scores_equal_one_prompt_per_option(model, monkeypatch, tokens_a_row):
+    monkeypatch.setattr(gif_qa, "CANDIDATE_TOKENS", tokens_a_row)
+    frames, lengths = features()
+    scores = model.score(prompts(model), CANDIDATES, frames.numpy(), lengths.numpy())
+    for prompt, texts, video, length, ours in zip(prompts(model), CANDIDATES, frames, lengths, scores, strict=True):
+        assert ours.shape == (len(texts), 2)
+        for text, (summed, per_token) in zip(texts, ours, strict=True):
+            alone = log_probs_alone(model, prompt, model.encode_answer(text), video[:length])
+            assert summed == pytest.approx(alone.sum().item(), abs=1e-4)
+            assert per_token == pytest.approx(alone.mean().item(), abs=1e-4)
+
+
+def test_best_answer_is_the_argmax_over_the_whole_vocabulary(model):
+    frames, lengths = features()
+    vocabulary = [
+        f"{a}{b}" for a in ("re", "blu", "", "gre", "the ") for b in ("d", "e", "en", "circle", "7", "s", "x")
+    ]
+    vocabulary += [str(number) for number in range(40)]
+    scores = model.score(prompts(model), [vocabulary] * 3, frames, lengths)
+    best = [vocabulary[int(score[:, 0].argmax())] for score in scores]
+    assert model.best_answer(prompts(model), vocabulary, frames, lengths) == best
+
+
+def test_best_answer_goes_on_while_a_bound_allows_it(llama, monkeypatch):
+    """The best word may be far down in the order of first tokens: bounds decide, not a fixed number of words."""
+    vocabulary = [str(number) for number in range(40)]
+    costs = {tuple(llama.encode_answer(word)): -100.0 for word in vocabulary}
+    frames, lengths = features()
+    scores = llama.score(prompts(llama), [vocabulary] * 3, frames, lengths)
+    last = [vocabulary[int(score[:, 0].argmin())] for score in scores]
+    assert len(set(last)) > 0
+    chosen = tuple(llama.encode_answer(last[0]))
+    costs[chosen] = -50.0
+
+    def fake(prompts, candidates, video):
+        return [np.array([[costs[tuple(c)], 0.0] for c in tokens]) for tokens in candidates]
+
+    monkeypatch.setattr(llama, "_score", fake)
+    assert llama.best_answer(prompts(llama), vocabulary, frames, lengths) == [last[0]] * 3
+
+
+def test_inference_ignores_and_restores_training_mode(build):
+    model = build("llama", language_model__lora_dropout=0.5).train()
+    frames, lengths = features()
+    first, second = (model.score(prompts(model), CANDIDATES, frames, lengths) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert model.training
+    assert model.language_model.training
+
+
+def test_options_stand_in_the_prompt_only_when_given(llama):
+    decode = llama.tokenizer.decode
+    assert decode(llama.encode_prompt("who ?")) == "<|bos|>Question: who ?\nAnswer:"
+    assert decode(llama.encode_prompt("who ?", ["a", "b"])) == "<|bos|>Question: who ?\nOptions: a; b\nAnswer:"
+    assert decode(llama.encode_answer("red")) == " red<|eos|>"
+
+
+def test_impossible_inputs_are_refused(llama, build, tiny_gpt2_dir):
+    frames, lengths = features()
+    with pytest.raises(ValueError, match="takes video"):
+        llama.generate(prompts(llama))
+    with pytest.raises(ValueError, match="32"):
+        llama.generate(prompts(llama), frames[..., :8], lengths)
+    with pytest.raises(ValueError, match="over the language model's 128"):
+        gpt2 = build("gpt2")
+        gpt2.generate([gpt2.encode_prompt("a b c d e f " * 20)], frames[:1], lengths[:1])
+    with pytest.raises(BundleError, match="other-encoder"):
+        llama.check_features("other-encoder")
+    llama.check_features(llama.encoder_key)
+
+
+@pytest.mark.parametrize("name", ["c_attn", "proj"])
+def test_target_modules_that_the_model_lacks_are_named(make_model, name):
+    with pytest.raises(ValueError, match=rf"\['{name}'\].*q_proj"):
+        make_model(language_model__target_modules=["q_proj", name])
+
+
+# ---- Bundle --------------------------------------------------------------------------------------------------------
+
+
+def reload(model: GifQAModel, folder, dirs) -> GifQAModel:
+    model.save_bundle(folder, {"metrics": {"loss": 1.5}})
+    return load_bundle(folder, language_model=str(dirs[model.language_model.config.model_type]))
+
+
+@pytest.fixture(scope="module")
+def dirs(tiny_llama_dir, tiny_gpt2_dir):
+    return {"llama": tiny_llama_dir, "gpt2": tiny_gpt2_dir}
+
+
+@torch.no_grad()
+def test_saved_and_reloaded_model_has_identical_logits(model, tmp_path, dirs):
+    loaded = reload(model, tmp_path / "bundle", dirs)
+    assert torch.equal(loaded(**batch(loaded))["logits"], model(**batch(model))["logits"])
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.video == model.video
+    assert loaded.encoder_key == model.encoder_key
+    again = reload(loaded, tmp_path / "again", dirs)
+    assert torch.equal(again(**batch(again))["logits"], model(**batch(model))["logits"])
+
+
+@torch.no_grad()
+def test_stock_peft_loads_the_adapter(model, tmp_path, dirs):
+    folder = model.save_bundle(tmp_path / "bundle")
+    path = str(dirs[model.language_model.config.model_type])
+    base, _ = load_language_model(model.profile.language_model, torch.device("cpu"), path)
+    ids = torch.arange(3, 40)[None]
+    untrained = base(ids).logits
+    stock = PeftModel.from_pretrained(base, folder).eval()
+    torch.testing.assert_close(stock(ids).logits, model.language_model(ids).logits, atol=1e-6, rtol=1e-6)
+    assert (stock(ids).logits - untrained).abs().max() > 0.1
+
+
+def test_bundle_files_are_complete_portable_and_repeatable(llama, build, tmp_path):
+    folder = llama.save_bundle(tmp_path / "a", {"metrics": {"loss": 1.5}})
+    names = {"adapter_model.safetensors", "adapter_config.json", "connector.safetensors", "bundle.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert {name.split(".")[0] for name in load_file(folder / "connector.safetensors")} == {"connector", "mit"}
+    facts = json.loads((folder / "bundle.json").read_text())
+    assert facts["video"] is True
+    assert facts["metrics"] == {"loss": 1.5}
+    assert facts["encoder"]["key"] == llama.encoder_key
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama0"
+    for file in ("bundle.json", "adapter_config.json"):
+        assert str(tmp_path.parent) not in (folder / file).read_text()
+        assert '"/' not in (folder / file).read_text()
+    other = build("llama").save_bundle(tmp_path / "b", {"metrics": {"loss": 1.5}})
+    assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+    blind = build("blind").save_bundle(tmp_path / "blind")
+    assert {path.name for path in blind.iterdir()} == names - {"connector.safetensors"}
+    assert json.loads((blind / "bundle.json").read_text())["video"] is False
+    with pytest.raises(ValueError, match="profile"):
+        llama.save_bundle(tmp_path / "a", {"profile": {}})
+
+
+def test_interrupted_save_keeps_the_old_bundle(llama, tmp_path, monkeypatch, tiny_llama_dir):
+    folder = llama.save_bundle(tmp_path / "bundle", {"metrics": {"run": 1}})
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(gif_qa, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        llama.save_bundle(folder, {"metrics": {"run": 2}})
+    assert gif_qa.read_bundle(folder)["metrics"] == {"run": 1}
+    load_bundle(folder, language_model=str(tiny_llama_dir))
+
+
+FAULTS = {
+    "missing": lambda tensors, name: tensors.pop(name),
+    "not expected": lambda tensors, name: tensors.update({name + ".more": torch.zeros(1)}),
+    "expected": lambda tensors, name: tensors.update({name: torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "connector.safetensors"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_tensors_are_named(llama, tmp_path, tiny_llama_dir, file, fault):
+    path = llama.save_bundle(tmp_path / "bundle") / file
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    FAULTS[fault](tensors, name)
+    save_file(tensors, path)
+    with pytest.raises(BundleError, match=rf"{fault}.*") as error:
+        load_bundle(path.parent, language_model=str(tiny_llama_dir))
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "connector.safetensors", "bundle.json"])
+def test_missing_files_are_named(llama, tmp_path, tiny_llama_dir, file):
+    folder = llama.save_bundle(tmp_path / "bundle")
+    (folder / file).unlink()
+    with pytest.raises(BundleError, match=file):
+        load_bundle(folder, language_model=str(tiny_llama_dir))
+
+
+def test_another_base_model_is_refused_naming_both(llama, tmp_path, tiny_llama_dir, tiny_gpt2_dir, tiny_xclip_dir):
+    folder = llama.save_bundle(tmp_path / "bundle")
+    torch.manual_seed(5)
+    config = LlamaConfig.from_pretrained(tiny_llama_dir)
+    twin = tmp_path / "twin-llama"  # same shape, other weights
+    LlamaForCausalLM(config).save_pretrained(twin)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(twin)
+    for other in (twin, tiny_gpt2_dir):
+        with pytest.raises(BundleError, match=rf"tiny-llama0.*{other.name}"):
+            load_bundle(folder, language_model=str(other))
+
+    other = tmp_path / "other-xclip"
+    XCLIPModel(XCLIPModel.from_pretrained(tiny_xclip_dir).config).save_pretrained(other)
+    with pytest.raises(BundleError, match=rf"tiny-xclip0.*{other.name}"):
+        load_bundle(folder, language_model=str(tiny_llama_dir), video_model=str(other))
+    with pytest.raises(BundleError, match=rf"tiny-xclip0.*{other.name}"):
+        GifQA.from_pretrained(folder, language_model=str(tiny_llama_dir), video_model=str(other))
+
+
+def test_the_same_base_model_in_another_precision_is_accepted(llama, tmp_path, tiny_llama_dir):
+    folder = llama.save_bundle(tmp_path / "bundle")
+    half = tmp_path / "half"
+    LlamaForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(half)
+    load_bundle(folder, language_model=str(half))
+
+
+# ---- One call ------------------------------------------------------------------------------------------------------
+
+
+def make_gif(frames: int, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, 40, 48, 3), dtype=np.uint8)
+    images = [Image.fromarray(frame) for frame in pixels]
+    buffer = BytesIO()
+    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def qa(build, tmp_path_factory, tiny_llama_dir, tiny_xclip_dir):
+    folder = build("llama").save_bundle(tmp_path_factory.mktemp("qa") / "bundle")
+    return GifQA.from_pretrained(folder, language_model=str(tiny_llama_dir), video_model=str(tiny_xclip_dir))
+
+
+OPTIONS = ["it spins", "red", "a small star"]
+
+
+def test_options_are_answered_by_their_scores(qa):
+    gif = make_gif(19)
+    answer = qa.answer(gif, "what does it do ?", OPTIONS)
+    frames, times = qa.encode(gif)
+    assert len(frames) == len(times) == len(answer.relevance) == len(answer.frame_times_ms) == 19
+    scores = qa.model.score([qa.model.encode_prompt("what does it do ?")], [OPTIONS], frames[None], [19])[0][:, 0]
+    probabilities = np.exp(scores) / np.exp(scores).sum()
+    ours = dict([(answer.text, answer.confidence), *answer.alternatives])
+    assert ours == pytest.approx(dict(zip(OPTIONS, probabilities, strict=True)), abs=1e-5)
+    assert answer.text == OPTIONS[int(scores.argmax())]
+    assert [p for _, p in answer.alternatives] == sorted((p for _, p in answer.alternatives), reverse=True)
+
+
+def test_frame_embeddings_are_the_cached_ones(qa, tiny_xclip_dir):
+    """What 02 caches: groups of 16, the last one padded and masked, in fp16."""
+    from helpers.gifs import decode
+
+    frames, _ = qa.encode(make_gif(19))
+    decoded = torch.from_numpy(decode(make_gif(19), image_size=32, groups=[3]).frames)
+    padded = torch.zeros(2, 16, 32, 32, 3, dtype=torch.uint8)
+    padded[0], padded[1, :3] = decoded[:16], decoded[16:]
+    encoder = FrameEncoder(XCLIPModel.from_pretrained(tiny_xclip_dir).eval(), str(tiny_xclip_dir))
+    with torch.no_grad():
+        expected = encoder(padded, torch.tensor([16, 3])).half().flatten(0, 1)[:19]
+    assert torch.equal(frames, expected)
+    assert encoder.key == qa.model.encoder_key
+
+
+def test_counts_are_the_rounded_expectation(qa):
+    question = "How many times does it jump ?"
+    answer = qa.answer(make_gif(5), question)
+    distribution = dict([(answer.text, answer.confidence), *answer.alternatives])
+    assert set(distribution) == {str(number) for number in range(1, 11)}
+    assert sum(distribution.values()) == pytest.approx(1)
+    expectation = sum(int(number) * p for number, p in distribution.items())
+    assert answer.text == str(math.floor(expectation + 0.5))
+    assert qa.answer(make_gif(5), "number of jumps ?", task="count").text in distribution
+    assert qa.answer(make_gif(5), question, ["2", "3"]).text in ("2", "3")
+
+
+def test_open_answers_are_greedy_with_their_probability(qa):
+    gif, question = make_gif(5), "what is it ?"
+    answer = qa.answer(gif, question)
+    frames, _ = qa.encode(gif)
+    prompt = [qa.model.encode_prompt(question)]
+    assert [answer.text] == qa.model.generate(prompt, frames[None], [5])
+    score = qa.model.score(prompt, [[answer.text]], frames[None], [5])[0][0, 0]
+    assert answer.confidence == pytest.approx(math.exp(score), rel=1e-4)
+    assert answer.text not in [text for text, _ in answer.alternatives]
+    assert len(answer.alternatives) >= 1
+
+
+@pytest.mark.parametrize("options", [OPTIONS, None])
+def test_relevance_is_the_fall_when_a_frame_is_hidden(qa, options):
+    """A GIF of one frame: hiding it is the same as seeing no GIF at all."""
+    gif, question = make_gif(1), "what is it ?"
+    answer = qa.answer(gif, question, options)
+    prompt, texts = [qa.model.encode_prompt(question)], options or [answer.text]
+    unseen = qa.model.score(prompt, [texts], torch.zeros(1, 1, 32), [0])[0][:, 0]
+    if options:
+        unseen = unseen - np.logaddexp.reduce(unseen)
+    drop = math.log(answer.confidence) - unseen[texts.index(answer.text)]
+    assert answer.relevance == pytest.approx([drop], abs=1e-4)
+
+
+def test_relevance_of_frames_in_one_batch_equals_one_at_a_time(qa):
+    gif = make_gif(18)
+    answer = qa.answer(gif, "what is it ?", OPTIONS)
+    frames, _ = qa.encode(gif)
+    prompt, tokens = [qa.model.encode_prompt("what is it ?")], [[qa.model.encode_answer(o) for o in OPTIONS]]
+    for hidden in (0, 7, 17):
+        mask = torch.ones(1, 18, dtype=torch.bool)
+        mask[0, hidden] = False
+        with torch.no_grad():
+            scores = qa.model._score(prompt, tokens, (frames[None].float(), mask))[0][:, 0]
+        without = (scores - np.logaddexp.reduce(scores))[OPTIONS.index(answer.text)]
+        assert answer.relevance[hidden] == pytest.approx(math.log(answer.confidence) - without, abs=1e-4)
+    assert np.ptp(answer.relevance) > 1e-4
+
+
+def test_path_bytes_and_image_give_the_same_answer(qa, tmp_path):
+    gif = make_gif(6)
+    (tmp_path / "a.gif").write_bytes(gif)
+    image = Image.open(BytesIO(gif))
+    image.seek(3)
+    answers = [qa.answer(given, "what is it ?") for given in (gif, tmp_path / "a.gif", str(tmp_path / "a.gif"), image)]
+    assert all(answer == answers[0] for answer in answers)
+    assert image.tell() == 3
+    still = Image.new("RGB", (40, 40), "red")
+    assert len(qa.answer(still, "what color ?").frame_times_ms) == 1
+    assert gif_bytes(bytearray(gif)) == gif
+
+
+def test_without_a_gif_nothing_is_shown(qa, build, tmp_path, tiny_llama_dir):
+    answer = qa.answer(None, "what is it ?", OPTIONS)
+    assert answer.relevance == answer.frame_times_ms == []
+    folder = build("blind").save_bundle(tmp_path / "blind")
+    blind = GifQA.from_pretrained(folder, language_model=str(tiny_llama_dir))
+    # Both models have the same adapter, so without video tokens they are the same model.
+    assert blind.answer(None, "what is it ?", OPTIONS) == blind.answer(make_gif(4), "what is it ?", OPTIONS)
+
+
+@pytest.mark.parametrize("options", [["one"], ["a", " "], ["a", "a"]])
+def test_useless_options_are_refused(qa, options):
+    with pytest.raises(ValueError, match="option"):
+        qa.answer(make_gif(2), "what is it ?", options)
+
+
+def test_empty_question_and_broken_gif_are_refused(qa):
+    with pytest.raises(ValueError, match="empty"):
+        qa.answer(make_gif(2), "  ")
+    with pytest.raises(GifRejected):
+        qa.answer(b"this is no GIF", "what is it ?")
