@@ -38,7 +38,6 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels: white, as
 SHORTEST_DELAY_MS = 10  # delays up to this one are not honoured by browsers ...
 DEFAULT_DELAY_MS = 100  # ... which show such frames this long
 
-_STACK_BYTES = 64 * 2**20  # full-size frames held before they are cropped and resized together
 _BLOCK_MARKER = re.compile(rb"[\x21\x2c\x3b]")  # extension, image, trailer
 
 
@@ -155,7 +154,11 @@ def decode(
             raise GifRejected(f"{len(durations)} frame(s), at least {limits.min_frames} wanted")
         views, indices = _views(durations, groups, frames_per_group)
         try:
-            frames = _crop_and_resize(_rgb_frames(data, indices, layout.canvas, limits, deadline), image_size)
+            # One at a time: a stack of full-size frames costs more in fresh memory than the calls do.
+            crop_and_resize = _geometry(min(layout.canvas), image_size)
+            frames = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
+            for row, frame in enumerate(_rgb_frames(data, indices, layout.canvas, limits, deadline)):
+                frames[row] = crop_and_resize(image=frame)["image"]
             break
         except _BrokenFrame as error:
             if error.index == 0:
@@ -398,25 +401,12 @@ def _rgb(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:
     """The current frame, cut to the canvas, transparent pixels on BACKGROUND: uint8 [height, width, 3]."""
     if image.size != canvas:
         image = image.crop((0, 0, *canvas))
-    if image.has_transparency_data:
+    # Pillow's has_transparency_data fails where a grey GIF's second frame is in mode P without a palette object.
+    if image.mode == "RGBA" or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.new("RGB", canvas, BACKGROUND)
         image.paste(layer, mask=layer)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _crop_and_resize(frames: Iterator[np.ndarray], image_size: int) -> np.ndarray:
-    """Stack frames of one size as uint8 [S, image_size, image_size, 3], holding few of them at full size."""
-    done, waiting, waiting_bytes = [], [], 0
-    for frame in frames:
-        waiting.append(frame)
-        waiting_bytes += frame.nbytes
-        if waiting_bytes > _STACK_BYTES:
-            done.append(_geometry(min(frame.shape[:2]), image_size)(images=np.stack(waiting))["images"])
-            waiting, waiting_bytes = [], 0
-    if waiting:
-        done.append(_geometry(min(waiting[0].shape[:2]), image_size)(images=np.stack(waiting))["images"])
-    return done[0] if len(done) == 1 else np.concatenate(done)
 
 
 @lru_cache(maxsize=512)

@@ -1,0 +1,69 @@
+"""What sampling and cropping add to decoding: `helpers.gifs.decode` over bare Pillow, on the same GIFs.
+
+Run alone with `python -m tests.benchmarks.bench_decode`.
+"""
+
+import json
+import statistics
+import time
+from io import BytesIO
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from helpers import gifs
+
+WIDTH, HEIGHT, FRAMES, FILES, ROUNDS = 320, 240, 40, 3, 15
+
+
+def make_gif(seed: int) -> bytes:
+    """A noisy, moving GIF of the size that is usual on the web: 320 x 240, 40 frames, uneven delays, 3 to 4 MB."""
+    rng = np.random.default_rng(seed)
+    scene = cv2.resize(rng.integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), dtype=np.uint8), (WIDTH, HEIGHT))
+    noisy = (np.roll(scene, 3 * i, axis=1) + rng.normal(0, 15, scene.shape) for i in range(FRAMES))
+    first, *rest = (Image.fromarray(frame.clip(0, 255).astype(np.uint8)) for frame in noisy)
+    buffer = BytesIO()
+    delays = (rng.integers(4, 12, FRAMES) * 10).tolist()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=delays, loop=0)
+    return buffer.getvalue()
+
+
+def bare(data: bytes, last: int) -> None:
+    """Decode up to frame `last` with Pillow, and use nothing of it."""
+    image = Image.open(BytesIO(data))
+    for index in range(last + 1):
+        image.seek(index)
+        image.load()
+
+
+def _seconds(function, *args, **kwargs) -> float:
+    start = time.perf_counter()
+    function(*args, **kwargs)
+    return time.perf_counter() - start
+
+
+def run() -> dict:
+    """Time both ways in turn on each file; the ratio is the median over files and rounds."""
+    files = [make_gif(seed) for seed in range(FILES)]
+    ours, theirs = [], []
+    for number in range(ROUNDS + 1):
+        for data in files:
+            last = gifs.decode(data, image_size=224).frame_indices[-1]
+            pair = _seconds(gifs.decode, data, image_size=224), _seconds(bare, data, last)
+            if number:  # the first round only warms up
+                ours.append(pair[0])
+                theirs.append(pair[1])
+    return {
+        "name": "decode, sample and crop 16 frames over bare Pillow decoding",
+        "ratio": round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3),
+        "aim": 1.25,
+        "unit": "x time, lower is better",
+        "milliseconds": round(1e3 * statistics.median(ours), 1),
+        "milliseconds_bare": round(1e3 * statistics.median(theirs), 1),
+        "gif": f"{WIDTH}x{HEIGHT}, {FRAMES} frames, {statistics.mean(map(len, files)) / 1e6:.1f} MB, frame {last} last",
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(), indent=2))
