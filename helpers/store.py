@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain, repeat
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -391,50 +392,54 @@ def _decode_all(tasks: Iterable[tuple], settings: dict[str, Any], workers: int) 
         return
     pool: ProcessPoolExecutor | None = None
     waiting: deque[tuple[tuple, Future]] = deque()
-
-    def submit(task: tuple) -> None:
-        nonlocal pool
-        pool = pool or _new_pool(workers)
-        try:
-            future = pool.submit(_decode_source, *task, settings)
-        except BrokenProcessPool as error:  # noticed when this task's turn comes
-            future = Future()
-            future.set_exception(error)
-        waiting.append((task, future))
-
-    def next_row() -> dict[str, Any]:
-        nonlocal pool
-        task, future = waiting.popleft()
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            pool.shutdown()
-            pool = None
-            row = _decode_alone(task, settings)  # any task in flight may be the cause: try the oldest by itself
-            others = list(waiting)
-            waiting.clear()
-            for other, _ in others:
-                submit(other)
-            return row
-
     try:
-        for task in tasks:
-            submit(task)
-            if len(waiting) >= 4 * workers:
-                yield next_row()
-        while waiting:
-            yield next_row()
+        for task in chain(tasks, repeat(None)):
+            if task is not None:
+                pool = pool or _new_pool(workers)
+                waiting.append((task, _submit(pool, task, settings)))
+                if len(waiting) < 4 * workers:
+                    continue
+            elif not waiting:
+                return
+            try:
+                row = waiting[0][1].result()
+            except BrokenProcessPool:  # any GIF in flight may be the cause
+                pool.shutdown()
+                pool = None
+                suspects = [task for task, _ in waiting]
+                waiting.clear()
+                yield from _decode_singly(suspects, settings)
+            else:
+                waiting.popleft()
+                yield row
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
 
 
-def _decode_alone(task: tuple, settings: dict[str, Any]) -> dict[str, Any]:
-    with _new_pool(1) as pool:
-        try:
-            return pool.submit(_decode_source, *task, settings).result()
-        except BrokenProcessPool:
-            return {"gif": task[0], "reason": "the process that decoded it died (out of memory, or a damaged file)"}
+def _submit(pool: ProcessPoolExecutor, task: tuple, settings: dict[str, Any]) -> Future:
+    try:
+        return pool.submit(_decode_source, *task, settings)
+    except BrokenProcessPool as error:  # a process died meanwhile: let the result say so
+        failed: Future = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _decode_singly(tasks: list[tuple], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of these GIFs, one in flight at a time, so that the one whose process dies is known."""
+    pool = _new_pool(1)
+    try:
+        for task in tasks:
+            try:
+                yield pool.submit(_decode_source, *task, settings).result()
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool = _new_pool(1)
+                why = "the process that decoded it died (out of memory, or a fault in a library)"
+                yield {"gif": task[0], "reason": why}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _match_questions(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
