@@ -65,7 +65,7 @@ def stage_table(profile: Profile, run_folder: Path) -> pd.DataFrame:
             "expected min": spec.minutes.get(profile.name, float("nan")),
             "took min": round(manifest["seconds"] / 60, 1) if manifest else float("nan"),
             "needs GB": spec.gigabytes.get(profile.name, float("nan")),
-            "GPU": "yes" if spec.gpu else "no",
+            "GPU": "yes" if spec.gpu and not profile.encoder.model.startswith("tiny/") else "no",
             "makes": spec.makes,
         }
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,120 @@
+"""Profiles: strict keys and types, YAML's number trap, nearest valid names."""
+
+import pytest
+import yaml
+
+from helpers.config import PROFILES, ConfigError, load_profile, parse_override, profile_keys, profile_names
+
+
+@pytest.mark.parametrize("name", ["tiny", "kaggle", "colab", "datacenter"])
+def test_shipped_profiles_load_and_every_key_is_explained(name):
+    assert load_profile(name).name == name
+    for line in (PROFILES / f"{name}.yaml").read_text().splitlines():
+        if line.startswith("  ") and not line.strip().startswith("#"):
+            assert "  # " in line, line
+
+
+def test_profiles_hold_every_key_of_the_schema():
+    for name in profile_names():
+        values = yaml.safe_load((PROFILES / f"{name}.yaml").read_text())
+        keys = {f"{section}.{key}" for section, part in values.items() if isinstance(part, dict) for key in part}
+        assert keys | {"name"} == set(profile_keys())
+
+
+def test_unknown_profile_names_the_nearest():
+    with pytest.raises(ConfigError, match="'kaggel'.*'kaggle'"):
+        load_profile("kaggel")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"mine\.yaml does not exist"):
+        load_profile(str(tmp_path / "mine.yaml"))
+
+
+def test_unknown_key_in_a_file_names_the_nearest(tmp_path):
+    text = (PROFILES / "tiny.yaml").read_text().replace("  epochs:", "  epoch:")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"unknown key 'training.epoch'; did you mean 'training.epochs'\?") as error:
+        load_profile(str(path))
+    assert "'training.epochs' is missing" in str(error.value)
+
+
+def test_unknown_section_in_a_file_is_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text((PROFILES / "tiny.yaml").read_text() + "\ntrainings: {}\n")
+    with pytest.raises(ConfigError, match="unknown key 'trainings'; did you mean 'training'"):
+        load_profile(str(path))
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "- a\n- b\n", ""])
+def test_a_file_that_is_no_profile_is_refused(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        load_profile(str(path))
+
+
+def test_unknown_override_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"'training\.epcohs'; did you mean 'training\.epochs'"):
+        load_profile("tiny", {"training.epcohs": 2})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.epochs", "many"),
+        ("training.epochs", 0),
+        ("training.seed", 1.5),
+        ("training.seed", True),
+        ("shapes.train", "200"),
+        ("data.groups", []),
+        ("data.groups", "1"),
+        ("data.corpus", "shape"),
+        ("connector.train_mit", "yes"),
+        ("language_model.prompt", "Answer:"),
+        ("encoder.frames_per_group", 8),
+    ],
+)
+def test_ill_typed_values_are_refused_by_name(key, value):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        load_profile("tiny", {key: value})
+
+
+def test_groups_that_are_not_cached_are_refused():
+    with pytest.raises(ConfigError, match=r"ask for \[4\].*data\.groups \[1, 2, 3\]"):
+        load_profile("tiny", {"evaluation.groups": 4})
+
+
+def test_number_without_a_dot_is_a_number_in_a_file(tmp_path):
+    assert yaml.safe_load("1e-4") == "1e-4"  # the trap: YAML 1.1 reads this as text
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        (PROFILES / "tiny.yaml").read_text().replace("learning_rate_mit: 1.0e-4", "learning_rate_mit: 1e-4")
+    )
+    assert load_profile(str(path)).training.learning_rate_mit == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("training.learning_rate_lora", "3e-4", 3e-4),
+        ("training.epochs", "2", 2.0),
+        ("data.groups", "[1, 2, 3]", [1, 2, 3]),
+        ("encoder.revision", "007", "007"),
+        ("encoder.revision", "null", None),
+        ("language_model.model", "true", "true"),
+        ("connector.train_mit", "false", False),
+    ],
+)
+def test_command_line_text_becomes_the_type_of_the_key(key, text, value):
+    section, name = key.split(".")
+    profile = load_profile("tiny", {key: parse_override(key, text)})
+    found = getattr(getattr(profile, section), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_profile_cannot_be_changed_after_it_was_checked():
+    profile = load_profile("tiny")
+    with pytest.raises(ValueError, match="frozen"):
+        profile.training.epochs = 3
