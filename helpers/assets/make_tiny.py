@@ -1,0 +1,667 @@
+"""Makes the tiny backbones under helpers/assets/tiny: `python -m helpers.assets.make_tiny OUT_FOLDER`.
+
+Two models that know the built-in world and have never met each other, as the full-size ones have not:
+
+- an X-CLIP, trained contrastively on captions: first its frame tower on what single frames show, then, with the frame
+  tower frozen, its multi-frame integration transformer (MIT) on motion, counts and order. It never sees a question.
+- a Llama, trained on text alone: captions, storyboards (a word or a few words a frame) and questions about them.
+  It never sees a GIF. Some of its positions hold several words at once (the sum of their embeddings), so that it has
+  met positions that say more than one thing, as a video token does.
+
+Every caption names one aspect of the scene. A picture is compared with all captions of each aspect ("a red star"
+against the 35 other colours and shapes), so that each step has every hard negative.
+GIFs and texts come from seeds of their own, never from those of the training or test world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, XCLIPConfig, XCLIPModel
+
+from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, make_world, write_gif
+from helpers.gifs import Limits, decode, sample_indices
+
+PRETRAIN_SEED, GATE_SEED = 770_001, 770_002
+FRAMES, SIZE, GROUPS = 16, 64, 4
+PROMPT = "Question: {question}\nAnswer:"
+TIMES = ("never", "once", "twice", *(f"{n} times" for n in ("three", "four", "five", "six", "seven", "eight")))
+REST = "rest"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# Captions -----------------------------------------------------------------------------------------------------------
+
+
+def _banks() -> dict[str, list[str]]:
+    """Aspect -> all its captions. The order of each list is what the index functions below count in."""
+    return {
+        "subject": [f"a {color} {shape}" for color in COLORS for shape in SHAPES],
+        "items": [f"{number} small {items}" for number in NUMBERS for items in SHAPES.values()],
+        "item color": [f"small {color} {items}" for color in COLORS for items in SHAPES.values()],
+        "place": [f"on the {place}" for place in PLACES],
+        "state": ["it is resting", *(f"it is {doing}" for doing in ACTIONS.values())],
+        "count": [f"{action} {times}" for action in ACTIONS for times in TIMES],
+        "order": [f"{a} then {b}" for a, b in permutations(ACTIONS, 2)],
+    }
+
+
+BANKS = _banks()
+ORDERS = list(permutations(ACTIONS, 2))
+
+
+def _static_targets(scene: Scene) -> dict[str, int]:
+    color, shape = list(COLORS).index(scene.color), list(SHAPES).index(scene.shape)
+    item_color, item_shape = list(COLORS).index(scene.item_color), list(SHAPES).index(scene.item_shape)
+    return {
+        "subject": color * len(SHAPES) + shape,
+        "items": (scene.items - 1) * len(SHAPES) + item_shape,
+        "item color": item_color * len(SHAPES) + item_shape,
+        "place": list(PLACES).index(scene.place),
+    }
+
+
+def _state_index(state: str | None) -> int:
+    return 0 if state is None else 1 + list(ACTIONS).index(state)
+
+
+def runs(states: list[str | None]) -> list[str]:
+    """The actions in order, one entry for each time it is done: a run of equal states counts once."""
+    return [now for before, now in zip([None, *states], states, strict=False) if now is not None and now != before]
+
+
+def _motion_targets(states: list[str | None]) -> dict:
+    done = runs(states)
+    blocks = [a for a, b in zip(done, [None, *done], strict=False) if a != b]
+    counts = {action: min(done.count(action), len(TIMES) - 1) for action in ACTIONS}
+    return {"counts": counts, "order": ORDERS.index(tuple(blocks)) if len(blocks) == 2 else None}
+
+
+# Data ---------------------------------------------------------------------------------------------------------------
+
+
+def _frames_of(scene: Scene) -> np.ndarray:
+    """All frames of the scene's GIF file, as the suite decodes them: uint8 [N, 64, 64, 3]."""
+    file = io.BytesIO()
+    write_gif(scene, file)
+    return decode(file.getvalue(), image_size=SIZE, groups=(GROUPS,), frames_per_group=FRAMES, limits=Limits()).frames
+
+
+def render(scenes: list[Scene], workers: int = 2) -> list[np.ndarray]:
+    """Decoded frames of every scene's GIF."""
+    with ProcessPoolExecutor(workers) as pool:
+        return list(tqdm(pool.map(_frames_of, scenes, chunksize=16), total=len(scenes), desc="GIFs", mininterval=10))
+
+
+def views(scene: Scene) -> dict[int, list[list[int]]]:
+    """Group count -> groups of frame indices, for each number of groups that shows this GIF differently."""
+    found = {}
+    for groups in range(1, GROUPS):
+        indices = sample_indices(scene.durations_ms, groups, FRAMES)
+        found[groups] = [indices[i : i + FRAMES] for i in range(0, len(indices), FRAMES)]
+        if len(scene.states) <= FRAMES * groups:
+            break
+    return found
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the world's texts; spells any text; the end token has the highest id, as X-CLIP needs."""
+    scenes, questions = make_world(PRETRAIN_SEED, 400, "tokens")
+    texts = [text for bank in BANKS.values() for text in bank] + questions["question"].tolist()
+    texts += [f" {answer}" for answer in questions["answer"]] + [narrate(np.random.default_rng(0), s) for s in scenes]
+    texts += [PROMPT.format(question=q) for q in questions["question"]]
+    words = [*COLORS, *SHAPES, *SHAPES.values(), *PLACES, *ACTIONS, *NUMBERS, *range(11), REST, "time", "times"]
+    texts += [f" {word}" for word in words] * 50
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=767, special_tokens=["<pad>", "<bos>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(["<eos>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# X-CLIP -------------------------------------------------------------------------------------------------------------
+
+
+def xclip_config(vocabulary: int, eos: int) -> XCLIPConfig:
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "bos_token_id": 1,
+        "eos_token_id": eos,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 288,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "mit_hidden_size": 128,
+        "mit_intermediate_size": 384,
+        "mit_num_hidden_layers": 2,
+        "mit_num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": 8,
+        "num_frames": FRAMES,
+        "drop_path_rate": 0.0,
+    }
+    return XCLIPConfig(
+        text_config=text,
+        vision_config=vision,
+        projection_dim=128,
+        prompt_layers=1,
+        prompt_num_attention_heads=4,
+        prompt_attention_dropout=0.0,
+        prompt_projection_dropout=0.0,
+    )
+
+
+def encode_texts(model: XCLIPModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    """Unit caption embeddings [K, D]."""
+    tokens = tokenizer([text + "<eos>" for text in texts], return_tensors="pt", padding=True)
+    hidden = model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+    return F.normalize(model.text_projection(hidden), dim=-1)
+
+
+def encode_frames(model: XCLIPModel, frames: Tensor) -> Tensor:
+    """uint8 [B, T, H, W, 3] of unpadded groups of T frames -> frame embeddings [B, T, D]."""
+    batch, count = frames.shape[:2]
+    for layer in model.vision_model.encoder.layers:
+        layer.num_frames = count
+    pixels = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+    pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    pooled = model.vision_model(pixel_values=pixels).pooler_output
+    for layer in model.vision_model.encoder.layers:
+        layer.num_frames = FRAMES
+    return model.visual_projection(pooled).view(batch, count, -1)
+
+
+def encode_groups(model: XCLIPModel, x: Tensor, mask: Tensor) -> Tensor:
+    """Frame embeddings [B, T, D] and their mask [B, T] -> video embeddings [B, D] by the masked MIT."""
+    keys = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None, :]
+    positions = model.mit.position_embedding[:, : x.shape[1]]
+    hidden = model.mit.encoder(inputs_embeds=x + positions, attention_mask=keys).last_hidden_state
+    hidden = (hidden + x) * mask[..., None]
+    return hidden.sum(1) / mask.sum(1, keepdim=True)
+
+
+def _aspect_loss(pictures: Tensor, bank: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    keep = targets >= 0
+    return F.cross_entropy(scale * pictures[keep] @ bank.T, targets[keep])
+
+
+def _schedule(step: int, steps: int, warmup: int = 100) -> float:
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _optimizer(parameters, rate: float) -> torch.optim.Optimizer:
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05}]
+    groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+
+
+def train_frames(model, tokenizer, scenes, gifs, minutes: float, rate: float = 1.5e-3, batch: int = 128) -> None:
+    """Step one: every frame against the captions of what it shows, in groups of 1, 4 or 16 frames of a GIF."""
+    rng = np.random.default_rng(PRETRAIN_SEED)
+    for module in (model.vision_model, model.visual_projection, model.text_model, model.text_projection):
+        module.requires_grad_(True)
+    modules = (model.vision_model, model.visual_projection, model.text_model, model.text_projection)
+    optimizer = _optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
+    aspects = ("subject", "items", "item color", "place", "state")
+    static = [_static_targets(scene) for scene in scenes]
+    started, step, done, shown = time.process_time(), 0, 0.0, {a: [] for a in aspects}
+    while done < 1:
+        count = int(rng.choice([1, 4, 16], p=[0.4, 0.35, 0.25]))
+        chosen = rng.integers(len(scenes), size=batch // count)
+        picked = [np.sort(rng.permutation(len(gifs[i]))[:count]) for i in chosen]
+        picked = [np.resize(p, count) for p in picked]
+        frames = torch.from_numpy(np.stack([gifs[i][p] for i, p in zip(chosen, picked, strict=True)]))
+        # A shift of up to two pixels, the same for a GIF's frames.
+        frames = torch.stack([f.roll(tuple(rng.integers(-2, 3, 2).tolist()), (1, 2)) for f in frames])
+        targets = {aspect: [] for aspect in aspects}
+        for i, indices in zip(chosen, picked, strict=True):
+            for state in (scenes[i].states[t] for t in indices):
+                seen = static[i] | {"state": _state_index(state)}
+                seen["subject"] = -1 if state in ("blink", "flash") else seen["subject"]
+                for aspect in aspects:
+                    targets[aspect].append(seen[aspect])
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        with torch.autocast("cpu", torch.bfloat16):
+            pictures = encode_frames(model, frames).flatten(0, 1)
+            banks = encode_texts(model, tokenizer, [text for a in aspects for text in BANKS[a]])
+        pictures, banks = F.normalize(pictures.float(), dim=-1), banks.float()
+        scale, loss, start = model.logit_scale.exp().clamp(max=100), 0.0, 0
+        for aspect in aspects:
+            bank = banks[start : start + len(BANKS[aspect])]
+            start += len(bank)
+            target = torch.tensor(targets[aspect])
+            loss = loss + _aspect_loss(pictures, bank, target, scale)
+            keep = target >= 0
+            shown[aspect].append(((pictures @ bank.T).argmax(-1) == target)[keep].float().mean().item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        optimizer.step()
+        step, done = step + 1, (time.process_time() - started) / (60 * minutes)
+        if step % 100 == 0:
+            accuracy = {a: round(float(np.mean(v[-100:])), 3) for a, v in shown.items()}
+            print(f"frames: {100 * done:3.0f} %, step {step}, loss {loss.item():.3f}, {accuracy}", flush=True)
+
+
+@torch.no_grad()
+def group_features(model, scenes, gifs) -> tuple[Tensor, Tensor, list[int], list[list[str | None]]]:
+    """Frozen frame embeddings of every group of every view: [G, 16, D], mask, scene numbers, states."""
+    features, masks, owners, states = [], [], [], []
+    model.eval()
+    for number, scene in enumerate(tqdm(scenes, desc="frame embeddings", mininterval=10)):
+        for group in (g for view in views(scene).values() for g in view):
+            frames = torch.from_numpy(gifs[number][group])[None]
+            with torch.autocast("cpu", torch.bfloat16):
+                x = encode_frames(model, frames)[0].float()
+            features.append(F.pad(x, (0, 0, 0, FRAMES - len(group))).half())
+            masks.append(torch.arange(FRAMES) < len(group))
+            owners.append(number)
+            states.append([scene.states[t] for t in group])
+    model.train()
+    return torch.stack(features), torch.stack(masks), owners, states
+
+
+def train_motion(model, tokenizer, scenes, data, minutes: float, rate: float = 1e-3, batch: int = 256) -> None:
+    """Step two: MIT and text tower on groups of frozen frame embeddings: motion, counts and order, and the rest."""
+    features, masks, owners, states = data
+    rng = np.random.default_rng(PRETRAIN_SEED + 1)
+    model.vision_model.requires_grad_(False)
+    model.visual_projection.requires_grad_(False)
+    modules = (model.mit, model.text_model, model.text_projection)
+    optimizer = _optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
+    static = [_static_targets(scene) for scene in scenes]
+    motion = [_motion_targets(s) for s in states]
+    hidden = [all(s in ("blink", "flash") for s in group) for group in states]
+    aspects = ("subject", "items", "item color", "place", "count", "order")
+    names, times = list(ACTIONS), len(TIMES)
+    started, step, done, shown = time.process_time(), 0, 0.0, {a: [] for a in aspects}
+    while done < 1:
+        chosen = rng.integers(len(owners), size=batch)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        with torch.autocast("cpu", torch.bfloat16):
+            pictures = encode_groups(model, features[chosen].float(), masks[chosen])
+            banks = encode_texts(model, tokenizer, [text for a in aspects for text in BANKS[a]])
+        pictures, banks = F.normalize(pictures.float(), dim=-1), banks.float()
+        scale, loss, start = model.logit_scale.exp().clamp(max=100), 0.0, 0
+        for aspect in aspects:
+            bank = banks[start : start + len(BANKS[aspect])]
+            start += len(bank)
+            if aspect == "count":
+                # For each action that occurs, and one that does not: its count against the other counts; and for the
+                # count that it has, the action against the other actions with that count.
+                rows, wanted = [], []
+                for row, group in enumerate(chosen):
+                    counts = motion[group]["counts"]
+                    absent = [a for a in names if not counts[a]]
+                    for action in [a for a in names if counts[a]] + [absent[int(rng.integers(len(absent)))]]:
+                        rows.append(row)
+                        wanted.append((names.index(action), counts[action]))
+                rows, wanted = torch.tensor(rows), torch.tensor(wanted)
+                logits = (scale * pictures @ bank.T).view(batch, len(names), times)[rows]
+                each = torch.arange(len(rows))
+                by_count = logits[each, wanted[:, 0]]
+                loss = loss + 2 * F.cross_entropy(by_count, wanted[:, 1])
+                shown[aspect].append((by_count.argmax(-1) == wanted[:, 1]).float().mean().item())
+                occurs = wanted[:, 1] > 0
+                by_action = logits[each, :, wanted[:, 1]]
+                same = torch.tensor([[motion[chosen[r]]["counts"][a] for a in names] for r in rows.tolist()])
+                rivals = (same == wanted[:, 1:]) & (torch.arange(len(names)) != wanted[:, :1])
+                by_action = by_action.masked_fill(rivals, -1e4)
+                loss = loss + F.cross_entropy(by_action[occurs], wanted[occurs, 0])
+                continue
+            if aspect == "order":
+                target = [-1 if motion[g]["order"] is None else motion[g]["order"] for g in chosen]
+            else:
+                target = [static[owners[g]][aspect] for g in chosen]
+                if aspect == "subject":
+                    target = [-1 if hidden[g] else t for g, t in zip(chosen, target, strict=True)]
+            target = torch.tensor(target)
+            loss = loss + _aspect_loss(pictures, bank, target, scale)
+            keep = target >= 0
+            shown[aspect].append(((pictures @ bank.T).argmax(-1) == target)[keep].float().mean().item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        optimizer.step()
+        step, done = step + 1, (time.process_time() - started) / (60 * minutes)
+        if step % 200 == 0:
+            accuracy = {a: round(float(np.mean(v[-200:])), 3) for a, v in shown.items()}
+            print(f"motion: {100 * done:3.0f} %, step {step}, loss {loss.item():.3f}, {accuracy}", flush=True)
+
+
+# Llama --------------------------------------------------------------------------------------------------------------
+
+
+def _caption(rng: np.random.Generator, scene: Scene) -> str:
+    items = scene.item_shape if scene.items == 1 else SHAPES[scene.item_shape]
+    parts = [f"{NUMBERS[scene.items - 1]} small {scene.item_color} {items}", f"on the {scene.place}"]
+    parts = [f"a {scene.color} {scene.shape}", *rng.permutation(parts).tolist()]
+    return f" {' '.join(parts)} ."
+
+
+def narrate(rng: np.random.Generator, scene: Scene) -> str:
+    """What happens, in words: " it will jump four times then it will blink once ."."""
+    times = {1: "once", 2: "twice"}
+    told = [f"it will {a} {times.get(n) or f'{n} times'}" for a, n in scene.blocks]
+    if rng.random() < 0.5:
+        told = [f"it will {a} {'1 time' if n == 1 else f'{n} times'}" for a, n in scene.blocks]
+    return f" {' then '.join(told)} ."
+
+
+_IDS: dict[str, list[int]] = {}
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text without special tokens; remembered, since the same few texts come again and again."""
+    if text not in _IDS:
+        _IDS[text] = tokenizer(text, add_special_tokens=False).input_ids
+    return _IDS[text]
+
+
+def _story(rng, tokenizer, scene: Scene, style: str) -> list[list[int]]:
+    """A text about the scene as positions; each position is a bag of token ids (of one id in plain text)."""
+
+    def plain(text):
+        return [[i] for i in token_ids(tokenizer, text)]
+
+    def bag(words):
+        return [i for word in words for i in token_ids(tokenizer, f" {word}")]
+
+    if style == "caption":
+        parts = [_caption(rng, scene), narrate(rng, scene)]
+        return [p for text in rng.permutation(parts) for p in plain(str(text))]
+    groups = list(views(scene).values())[-1 if rng.random() < 0.9 else 0]
+    story = plain(_caption(rng, scene)) if style == "storyboard" else []
+    items = SHAPES[scene.item_shape] if rng.random() < 0.8 else scene.item_shape
+    static = [NUMBERS[scene.items - 1], scene.item_color, items, scene.place]
+    keep = rng.uniform(0.3, 1)
+    for group in groups:
+        for frame in group:
+            state = scene.states[frame]
+            if style == "storyboard":
+                story += plain(f" {state or REST}")
+                continue
+            words = [state or REST]
+            looks = [] if state == "blink" else [scene.shape] if state == "flash" else [scene.color, scene.shape]
+            words += [w for w in looks if rng.random() < keep]
+            words += [scene.place] if rng.random() < 0.2 else []
+            story.append(bag(words))
+        if style == "bags":
+            story.append(bag(static + [w for w in (scene.color, scene.shape) if rng.random() < 0.5]))
+    return story
+
+
+def lm_batches(tokenizer, seed: int, size: int, styles: dict[str, float]):
+    """Endless batches of stories with their questions: see `_pack`."""
+    rng, number = np.random.default_rng(seed), 0
+    names, weights = list(styles), np.array(list(styles.values()))
+    weights = weights / weights.sum()
+    while True:
+        scenes, questions = make_world(seed + number, 1024, "text")
+        number += 1
+        asked = {name: rows for name, rows in questions.groupby("gif", sort=False)}
+        order = rng.permutation(len(scenes))
+        for start in range(0, len(order) - size + 1, size):
+            batch = []
+            for scene in (scenes[i] for i in order[start : start + size]):
+                story = _story(rng, tokenizer, scene, str(rng.choice(names, p=weights)))
+                pairs = []
+                for row in asked[scene.name].itertuples():
+                    answer = str(max(row.label, 1)) if row.task == "count" else row.answer
+                    pairs.append((row.question, answer, row.type or row.task))
+                batch.append((story, pairs))
+            yield _pack(tokenizer, batch)
+
+
+def _pack(tokenizer, batch) -> dict:
+    """One sequence a story, [BOS] story question answer question answer ..., each pair blind to the other pairs.
+
+    `bags` int [B, L, K] (token ids, padded with 0), `weights` [B, L, K], `mask` bool [B, L, L], `positions` [B, L],
+    `labels` int [B, L] (-100 but on answers and on plain text), `kinds`: (row, position, kind) of first answer tokens.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = []
+    for story, pairs in batch:
+        bags = [[bos], *story]
+        blocks, labels, positions = [0] * len(bags), [-100] * len(bags), list(range(len(bags)))
+        if all(len(b) == 1 for b in bags):
+            labels = [b[0] for b in bags]
+        told, kinds = len(bags), []
+        for block, (question, answer, kind) in enumerate(pairs, 1):
+            prompt = token_ids(tokenizer, PROMPT.format(question=question))
+            reply = [*token_ids(tokenizer, f" {answer}"), eos]
+            kinds.append((len(bags) + len(prompt), len(reply), kind))
+            bags += [[i] for i in prompt + reply]
+            labels += [-100] * len(prompt) + reply
+            blocks += [block] * (len(prompt) + len(reply))
+            positions += list(range(told, told + len(prompt) + len(reply)))
+        rows.append((bags, labels, blocks, positions, kinds))
+    length, width = max(len(r[0]) for r in rows), max(len(b) for r in rows for b in r[0])
+    out = {
+        "bags": np.zeros((len(rows), length, width), np.int64),
+        "weights": np.zeros((len(rows), length, width), np.float32),
+        "labels": np.full((len(rows), length), -100, np.int64),
+        "positions": np.zeros((len(rows), length), np.int64),
+    }
+    blocks = np.full((len(rows), length), -1, np.int64)
+    for n, (bags, labels, block, positions, _) in enumerate(rows):
+        for t, ids in enumerate(bags):
+            out["bags"][n, t, : len(ids)] = ids
+            out["weights"][n, t, : len(ids)] = 1
+        out["labels"][n, : len(labels)] = labels
+        out["positions"][n, : len(positions)] = positions
+        blocks[n, : len(block)] = block
+    same = blocks[:, :, None] == blocks[:, None, :]
+    mask = (same | (blocks[:, None, :] == 0)) & np.tril(np.ones((length, length), bool))
+    mask |= np.eye(length, dtype=bool)
+    packed = {key: torch.from_numpy(value) for key, value in out.items()}
+    return packed | {"mask": torch.from_numpy(mask), "kinds": [r[4] for r in rows]}
+
+
+def lm_forward(model: LlamaForCausalLM, packed: dict) -> Tensor:
+    """Logits [B, L, V]."""
+    table = model.get_input_embeddings().weight
+    embeds = (table[packed["bags"]] * packed["weights"][..., None]).sum(2)
+    mask = torch.zeros(packed["mask"].shape).masked_fill(~packed["mask"], -1e9)[:, None]
+    return model(inputs_embeds=embeds, attention_mask=mask, position_ids=packed["positions"], use_cache=False).logits
+
+
+def lm_accuracy(logits: Tensor, packed: dict) -> dict[str, list[float]]:
+    """Kind of question -> 1.0 or 0.0 a question, for the whole answer including its end."""
+    guess = logits.argmax(-1)
+    found: dict[str, list[float]] = {}
+    for row, kinds in enumerate(packed["kinds"]):
+        for start, length, kind in kinds:
+            wanted = packed["labels"][row, start : start + length]
+            right = bool((guess[row, start - 1 : start + length - 1] == wanted).all())
+            found.setdefault(kind, []).append(float(right))
+    return found
+
+
+LM_STYLES = {"caption": 0.15, "storyboard": 0.3, "bags": 0.55}
+
+
+def train_language_model(tokenizer, minutes: float, rate: float = 2e-3, batch: int = 32, seed: int = PRETRAIN_SEED):
+    """A Llama that answers questions about written scenes."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config._attn_implementation = "eager"  # on a CPU, several times as fast as SDPA with a mask of this kind
+    model = LlamaForCausalLM(config)
+    optimizer = _optimizer(model.parameters(), rate)
+    started, step, done, shown = time.process_time(), 0, 0.0, {}
+    for packed in lm_batches(tokenizer, seed, batch, LM_STYLES):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = lm_forward(model, packed)
+        labels = packed["labels"][:, 1:]
+        losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")
+        answers = torch.zeros(packed["labels"].shape)
+        for row, kinds in enumerate(packed["kinds"]):
+            for start, length, _ in kinds:
+                answers[row, start : start + length] = 1
+        weight = torch.where(labels == -100, 0.0, torch.where(answers[:, 1:] > 0, 1.0, 0.05)).flatten()
+        loss = (losses * weight).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for kind, right in lm_accuracy(logits.detach(), packed).items():
+            shown.setdefault(kind, []).append(float(np.mean(right)))
+        step, done = step + 1, (time.process_time() - started) / (60 * minutes)
+        if step % 100 == 0:
+            accuracy = {k: round(float(np.mean(v[-100:])), 3) for k, v in sorted(shown.items())}
+            print(f"text: {100 * done:3.0f} %, step {step}, loss {loss.item():.3f}, {accuracy}", flush=True)
+        if done >= 1:
+            return model
+
+
+# Gates --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def gate_language_model(model, tokenizer, scenes: int = 300) -> dict[str, dict[str, float]]:
+    """Style of text -> kind of question -> share answered right, on scenes of a seed of their own."""
+    model.eval()
+    table = {}
+    for style in LM_STYLES:
+        found: dict[str, list[float]] = {}
+        batches = lm_batches(tokenizer, GATE_SEED, 50, {style: 1.0})
+        for _ in range(scenes // 50):
+            packed = next(batches)
+            for kind, right in lm_accuracy(lm_forward(model, packed), packed).items():
+                found.setdefault(kind, []).extend(right)
+        table[style] = {kind: float(np.mean(right)) for kind, right in sorted(found.items())}
+    return table
+
+
+@torch.no_grad()
+def gate_encoder(model, tokenizer, scenes: list[Scene], gifs: list[np.ndarray]) -> dict[str, float]:
+    """Attribute -> share of groups whose own caption beats all captions that differ in that attribute alone."""
+    model.eval()
+    features, masks, owners, states = group_features(model, scenes, gifs)
+    model.eval()
+    pictures = F.normalize(encode_groups(model, features.float(), masks), dim=-1)
+    scores = {aspect: pictures @ encode_texts(model, tokenizer, bank).T for aspect, bank in BANKS.items()}
+    found: dict[str, list[bool]] = {}
+    n = len(SHAPES)
+    for row, (owner, shown) in enumerate(zip(owners, states, strict=True)):
+        target, motion = _static_targets(scenes[owner]), _motion_targets(shown)
+
+        def check(name, aspect, rivals, wanted, row=row):
+            scored = scores[aspect][row, list(rivals)]
+            found.setdefault(name, []).append(list(rivals)[int(scored.argmax())] == wanted)
+
+        if not all(s in ("blink", "flash") for s in shown):
+            color, shape = divmod(target["subject"], n)
+            check("object", "subject", range(color * n, color * n + n), target["subject"])
+            check("color", "subject", range(shape, len(COLORS) * n, n), target["subject"])
+        number, item = divmod(target["items"], n)
+        check("number", "items", range(item, len(NUMBERS) * n, n), target["items"])
+        check("item object", "items", range(number * n, number * n + n), target["items"])
+        check("item color", "item color", range(item, len(COLORS) * n, n), target["item color"])
+        check("location", "place", range(len(PLACES)), target["place"])
+        for a, (action, count) in enumerate(motion["counts"].items()):
+            if count:
+                wanted = a * len(TIMES) + count
+                check("count", "count", range(a * len(TIMES), (a + 1) * len(TIMES)), wanted)
+                rivals = [i for i, x in enumerate(ACTIONS) if motion["counts"][x] != count or x == action]
+                check("motion", "count", [i * len(TIMES) + count for i in rivals], wanted)
+        if motion["order"] is not None:
+            a, b = ORDERS[motion["order"]]
+            rivals = [i for i, (x, y) in enumerate(ORDERS) if x == a or y == b or (x, y) == (b, a)]
+            check("order", "order", rivals, motion["order"])
+    return {name: float(np.mean(right)) for name, right in found.items()}
+
+
+# Command ------------------------------------------------------------------------------------------------------------
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    """fp16 weights as safetensors, config and tokenizer."""
+    model.half().save_pretrained(folder, safe_serialization=True)
+    model.float()
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--part", choices=("all", "encoder", "language_model"), default="all")
+    parser.add_argument("--gifs", type=int, default=5000, help="GIFs that the encoder learns from")
+    parser.add_argument("--frame-minutes", type=float, default=35, help="CPU minutes of each step")
+    parser.add_argument("--motion-minutes", type=float, default=12)
+    parser.add_argument("--text-minutes", type=float, default=35)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    gates = {}
+    if args.part in ("all", "language_model"):
+        model = train_language_model(tokenizer, args.text_minutes)
+        save(model, tokenizer, args.out / "llama")
+        gates["language model"] = gate_language_model(model, tokenizer)
+        print(json.dumps(gates, indent=1))
+    if args.part in ("all", "encoder"):
+        scenes, _ = make_world(PRETRAIN_SEED, args.gifs, "pretrain")
+        gifs = render(scenes)
+        model = XCLIPModel(xclip_config(len(tokenizer), tokenizer.eos_token_id))
+        print(f"X-CLIP: {sum(p.numel() for p in model.parameters()):,} parameters")
+        torch.nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.1)
+        torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.1)
+        torch.nn.init.normal_(model.mit.position_embedding, std=0.1)
+        train_frames(model, tokenizer, scenes, gifs, args.frame_minutes)
+        save(model, tokenizer, args.out / "xclip")
+        train_motion(model, tokenizer, scenes, group_features(model, scenes, gifs), args.motion_minutes)
+        save(model, tokenizer, args.out / "xclip")
+        held_out, _ = make_world(GATE_SEED, 300, "gate")
+        gates["encoder"] = gate_encoder(model, tokenizer, held_out, render(held_out))
+    print(json.dumps(gates, indent=1))
+
+
+if __name__ == "__main__":
+    main()
