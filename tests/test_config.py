@@ -22,7 +22,7 @@ def test_profiles_hold_every_key_of_the_schema():
 
 
 def test_unknown_profile_names_the_nearest():
-    with pytest.raises(ConfigError, match="'kaggel'.*'kaggle'"):
+    with pytest.raises(ConfigError, match=r"'kaggel'.*'kaggle'"):
         load_profile("kaggel")
 
 
