@@ -689,6 +689,7 @@ def load_bundle(
         _load_encoder(facts, video_model)
 
     config = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # PEFT would warn that it is a folder now; the models were compared above
     adapted = get_peft_model(model, config)
     tensors = _load_strictly(folder / "adapter_model.safetensors", _adapter_tensors(adapted))
     set_peft_model_state_dict(adapted, tensors)
