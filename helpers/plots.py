@@ -171,8 +171,8 @@ def accuracy_by_length(table: pd.DataFrame) -> Figure:
             x = [order.index(group) + (k - (len(metrics) - 1) / 2) * 0.12 for group in line["group"]]
             task = _task(metric)
             _points(axis, x, line, scale, TASK_COLORS[task], TASK_LABELS[task])
-        axis.set_xticks(range(len(order)), order)
-        axis.set(xlabel="GIF length (frames)", xlim=(-0.5, len(order) - 0.5))
+        axis.set_xticks(range(len(order)), [f"{g}\n(n = {panel.loc[panel['group'] == g, 'n'].sum():,})" for g in order])
+        axis.set(xlabel="GIF length in frames (questions)", xlim=(-0.5, len(order) - 0.5))
         _score_axis(axis, scale)
         axis.legend(loc="best")
     figure.suptitle("Scores by GIF length, 95 % bootstrap intervals by GIF")

@@ -520,6 +520,31 @@ def majority_by(train: pd.DataFrame, questions: pd.DataFrame, by: str) -> pd.Ser
     return questions["question"].map(answer)
 
 
+def text_baselines(train: pd.DataFrame, questions: pd.DataFrame) -> dict[str, float]:
+    """Scores of rules that never see a GIF, by name; those that need training rows which are not there are left out.
+
+    random_*: uniform guessing (see `random_expectation`, over the training answers). form_majority_ and
+    question_majority_frameqa_accuracy: see `majority_by`. commonest_index_*: the option position that is most often
+    right in training. rounded_mean_count_mse: the rounded mean of the training counts, for every question.
+    """
+    rows = {task: (train[train["task"] == task], questions[questions["task"] == task]) for task in TASKS}
+    rows = {task: (known, asked) for task, (known, asked) in rows.items() if len(known) and len(asked)}
+    words = set(rows["frameqa"][0]["answer"].map(_bare)) if "frameqa" in rows else set()
+    values = random_expectation(questions, sorted(words))
+    for task, (known, asked) in rows.items():
+        if task == "frameqa":
+            for by in ("form", "question"):
+                right = majority_by(known, asked, by) == asked["answer"].map(_bare)
+                values[f"{by}_majority_frameqa_accuracy"] = float(right.mean())
+        elif task == "count":
+            mean = round_count(known["label"].clip(lower=1).mean())
+            values["rounded_mean_count_mse"] = float(((mean - asked["label"].clip(lower=1)) ** 2).mean())
+        else:
+            index = known["label"].mode().iloc[0]
+            values[f"commonest_index_{task}_accuracy"] = float((asked["label"] == index).mean())
+    return values
+
+
 def random_expectation(questions: pd.DataFrame, vocabulary: Sequence[str] = ()) -> dict[str, float]:
     """Expected score of uniform guessing: over the options, the numbers 1 to 10, and the answer vocabulary."""
     values = {}
