@@ -5,6 +5,7 @@ import ast
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -308,7 +309,7 @@ class Progress:
     """Passes a notebook's streams to the terminal: lines as they are, progress bars in place or twice a minute."""
 
     def __init__(self, out: TextIO) -> None:
-        self.out, self.line, self.shown, self.open = out, "", 0.0, False
+        self.out, self.line, self.shown, self.open = out, "", -math.inf, False
 
     def write(self, text: str) -> None:
         """Take a piece of a stream."""

@@ -1,0 +1,333 @@
+"""The command line: plans, refusals, pauses, skipping, forcing, deadlines, the report, the README's table."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_notebook
+
+from helpers import stage as stages
+from helpers import suite as runner
+from helpers.config import ConfigError, load_profile
+from helpers.report import score_table, write_report
+from helpers.suite import PAUSED, REFUSED, Failed, main, parse_deadline
+from helpers.workspace import repo_root
+
+NAMES = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
+PARAMETERS = {
+    "01_data_sharding": "gifs = ''  # g\nqa = ''  # q\nholdout = 0.2  # h\n",
+    "02_feature_caching": "",
+    "03_adapter_training": "note = ''  # n\n",
+    "04_evaluation": "bundle = ''  # b\n",
+}
+
+
+class World:
+    """A suite of four notebooks whose execution is replaced by `act`, so that no kernel is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs, self.ran, self.act = folder, folder / "runs", [], {}
+
+    def execute(self, plan, spec):
+        """Stand in for the kernel: note the call, then finish the stage as its notebook would."""
+        self.ran.append(spec.name)
+        action = self.act.get(spec.name, "complete")
+        if action == "fail":
+            raise Failed(f"{spec.name}, cell [3]: boom")
+        stage = stages.Stage(spec.name, plan.profile_name, plan.run, plan.overrides, plan.parameters[spec.name])
+        (stage.folder / "made.txt").write_text(action)
+        stage.finish({"frameqa_accuracy": 0.9, "blind_frameqa_accuracy": 0.3}, ["made.txt"], status=action)
+        stages.release_lock(stage.folder / ".lock")
+
+    def run(self, *argv: str) -> int:
+        """Run the command line; `ran` then holds the stages that were executed."""
+        self.ran.clear()
+        return main(list(argv))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """The four stages of the main path with the real inputs and sections, in a temporary folder."""
+    suite = yaml.safe_load((repo_root() / "notebooks" / "suite.yaml").read_text())
+    suite["stages"] = [entry for entry in suite["stages"] if entry["name"] in NAMES]
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    for name in NAMES:
+        common = "profile = ''  # p\nrun = ''  # r\noverrides = {}  # o\n"
+        cell = new_code_cell(common + PARAMETERS[name], metadata={"tags": ["parameters"]})
+        nbformat.write(new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+    monkeypatch.setenv("SUITE_FILE", str(tmp_path / "suite.yaml"))
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.delenv("SUITE_DEADLINE", raising=False)
+    stand_in = World(tmp_path)
+    monkeypatch.setattr(runner, "execute", stand_in.execute)
+    return stand_in
+
+
+def test_default_run_then_nothing_left_to_do(world, capsys):
+    assert world.run("--profile", "tiny") == 0 and world.ran == NAMES
+    out = capsys.readouterr().out
+    assert "FrameQA accuracy 0.900 0.300" in " ".join(out.split()) and str(world.runs / "tiny" / "report.html") in out
+    assert world.run("--profile", "tiny") == 0 and world.ran == []
+    assert capsys.readouterr().out.count("already done") == 4
+
+
+def test_from_and_only_choose_stages(world):
+    assert world.run("--only", "01") == 0 and world.ran == NAMES[:1]
+    assert world.run("--from", "02_feature_caching.ipynb") == 0 and world.ran == NAMES[1:]
+    assert world.run("--run", "other", "--only", "01", "--only", "02_f") == 0 and world.ran == NAMES[:2]
+
+
+def test_missing_upstream_is_refused(world, capsys):
+    assert world.run("--from", "03") == REFUSED
+    assert "03_adapter_training needs 01_data_sharding" in capsys.readouterr().err and world.ran == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--profile", "tinny"], "did you mean 'tiny'"),
+        (["--only", "05"], "unknown stage '05'"),
+        (["--from", "0"], "unknown stage '0'"),
+        (["-p", "profile", "x"], "use --profile"),
+        (["-p", "epochs", "3"], "did you mean 'training.epochs'"),
+        (["-p", "notes", "x"], "did you mean 'note'"),
+        (["--deadline", "25:00"], "--deadline '25:00'"),
+        (["--deadline", "-5"], "--deadline '-5'"),
+        (["--gifs", "."], "belong together"),
+        (["--holdout", "0.3"], "--holdout applies"),
+        (["--gifs", "nowhere", "--qa", "x.csv"], "--gifs nowhere does not exist"),
+        (["--bundle", "."], "holds no bundle.json"),
+        (["--upstream", "nothing"], "no such run"),
+        (["--run", "../x"], "run name '../x'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_usage_is_refused_before_anything_starts(world, capsys, argv, message):
+    try:
+        code = world.run(*argv)
+    except SystemExit as exit:  # argparse's own refusals
+        code = exit.code
+    assert code == REFUSED and message in capsys.readouterr().err
+    assert world.ran == [] and not world.runs.exists()
+
+
+def test_other_settings_are_refused_then_forced_or_named(world, capsys):
+    world.run()
+    assert world.run("-p", "training.epochs", "9") == REFUSED and world.ran == []
+    error = capsys.readouterr().err
+    assert "profile.training.epochs: 4.0 there, 9 now" in error.replace("9.0", "9")
+    assert "--run NAME" in error and "--force" in error
+    assert world.run("-p", "training.epochs", "9", "--run", "long") == 0 and world.ran == NAMES
+    assert world.run("-p", "training.epochs", "9", "--force", "--from", "03") == 0 and world.ran == NAMES[2:]
+    assert world.run("-p", "training.epochs", "9") == 0 and world.ran == []
+
+
+def test_forced_run_that_fails_has_lost_nothing(world, capsys):
+    world.run()
+    world.act["03_adapter_training"] = "fail"
+    assert world.run("--force", "--only", "03") == 1
+    kept = world.runs / "tiny" / "03_adapter_training.previous"
+    assert str(kept) in capsys.readouterr().err and (kept / "made.txt").read_text() == "complete"
+    del world.act["03_adapter_training"]
+    assert world.run("--only", "03") == 0 and not kept.exists()
+
+
+def test_pause_says_how_to_go_on_and_goes_on(world, capsys):
+    world.act["03_adapter_training"] = "partial"
+    argv = ["--profile", "tiny", "--force", "--deadline", "600", "-p", "training.epochs", "3"]
+    assert world.run(*argv) == PAUSED and world.ran == NAMES[:3]
+    assert "To go on: ./run_all.sh --profile tiny -p training.epochs 3\n" in capsys.readouterr().out
+    assert world.run("--only", "04", "-p", "training.epochs", "3") == PAUSED and world.ran == []
+    world.act.clear()
+    assert world.run("-p", "training.epochs", "3") == 0 and world.ran == NAMES[2:]
+
+
+def test_failure_stops_the_run_and_is_told(world, capsys):
+    world.act["02_feature_caching"] = "fail"
+    assert world.run() == 1 and world.ran == NAMES[:2]
+    assert "Failed: 02_feature_caching, cell [3]: boom" in capsys.readouterr().err
+
+
+def test_deadline_that_has_passed_starts_nothing(world, capsys):
+    plan = runner.make_plan(runner.run_parser().parse_args([]), [])
+    assert runner.run(plan, deadline=time.time() - 1) == PAUSED and world.ran == []
+    assert "the deadline has passed" in capsys.readouterr().err
+
+
+def test_second_run_on_the_same_folder_is_refused(world, capsys):
+    code = (
+        "import time; from pathlib import Path; from helpers.stage import hold_lock;"
+        f"hold_lock(Path({str(world.runs / 'tiny' / '.lock')!r}), 'x'); print('held', flush=True); time.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(repo_root())}
+    holder = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert world.run() == REFUSED and world.ran == []
+        assert f"run 'tiny' is in use by another process (pid {holder.pid})" in capsys.readouterr().err
+        assert world.run("--run", "other") == 0
+    finally:
+        holder.kill()
+        holder.wait()
+    assert world.run() == 0 and world.ran == NAMES  # the dead holder's lock file is still there
+
+
+def test_too_little_disk_is_refused_before_the_stage(world, monkeypatch, capsys):
+    monkeypatch.setattr("helpers.workspace.free_gigabytes", lambda path: 0.01)
+    assert world.run() == REFUSED and world.ran == []
+    assert "01_data_sharding needs about 0.5 GB" in capsys.readouterr().err
+
+
+def own_gifs(folder: Path, name="My GIFs!") -> list[str]:
+    """Write a folder of own GIFs and return its options."""
+    data = folder / name
+    data.mkdir()
+    (data / "a.gif").write_bytes(b"GIF89a")
+    (data / "qa.csv").write_text("gif,task,question,answer,options\n")
+    return ["--gifs", str(data), "--qa", str(data / "qa.csv")]
+
+
+def plan_of(*argv: str) -> runner.Plan:
+    return runner.make_plan(runner.run_parser().parse_args(argv), argv)
+
+
+def test_own_gifs_reach_notebook_01_under_a_run_of_their_own(world):
+    plan = plan_of(*own_gifs(world.folder), "--holdout", "0.5")
+    assert plan.run == "tiny-my-gifs" and plan.profile.data.corpus == "own_gifs"
+    data = str(world.folder / "My GIFs!")
+    assert plan.parameters["01_data_sharding"] == {"gifs": data, "qa": f"{data}/qa.csv", "holdout": 0.5}
+
+
+def test_folder_of_question_files_keeps_the_profiles_corpus(world):
+    (world.folder / "tgif").mkdir()
+    folder = str(world.folder / "tgif")
+    plan = plan_of("--profile", "kaggle", "--gifs", "https://host/list.tsv", "--qa", folder)
+    assert plan.profile.data.corpus == "tgif_qa"
+    assert plan.parameters["01_data_sharding"] == {"gifs": "https://host/list.tsv", "qa": folder, "holdout": 0.2}
+
+
+def test_given_bundle_is_scored_and_nothing_is_trained(world):
+    bundle = world.folder / "bundle"
+    bundle.mkdir()
+    (bundle / "bundle.json").write_text("{}")
+    argv = [*own_gifs(world.folder), "--bundle", str(bundle)]
+    plan = plan_of(*argv)
+    assert plan.run == "tiny-my-gifs-scored" and plan.parameters["04_evaluation"] == {"bundle": str(bundle)}
+    assert plan.parameters["01_data_sharding"]["holdout"] == 1.0
+    assert world.run(*argv) == 0 and world.ran == [name for name in NAMES if name != "03_adapter_training"]
+    assert world.run(*argv) == 0 and world.ran == []
+
+
+def test_edited_csv_is_noticed(world, capsys):
+    argv = own_gifs(world.folder)
+    assert world.run(*argv) == 0
+    (world.folder / "My GIFs!" / "qa.csv").write_text("gif,task,question,answer,options\na.gif,count,How often?,2,\n")
+    assert world.run(*argv) == REFUSED and world.ran == []
+    assert "parameters.qa" in capsys.readouterr().err
+
+
+def test_upstream_run_lends_equal_stages_only(world, capsys):
+    world.run()
+    argv = ["--run", "rank", "--upstream", "tiny", "-p", "language_model.lora_rank", "4"]
+    assert world.run(*argv) == 0 and world.ran == NAMES[2:]
+    assert capsys.readouterr().out.count("taken from run 'tiny'") == 2
+    argv = ["--run", "frames", "--upstream", "tiny", "-p", "shapes.train", "7"]
+    assert world.run(*argv) == 0 and world.ran == NAMES
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("profile = ''\nrun = ''\n", "lacks overrides"),
+        ("profile = ''\nrun = ''\noverrides = {}\nimport os\n", "only lines like"),
+        ("profile = ''\nrun = ''\noverrides = dict()\n", "not a plain value"),
+    ],
+)
+def test_unusable_parameters_cell_is_refused(world, capsys, source, message):
+    cell = new_code_cell(source, metadata={"tags": ["parameters"]})
+    nbformat.write(new_notebook(cells=[cell]), world.folder / "02_feature_caching.ipynb")
+    assert world.run() == REFUSED and message in capsys.readouterr().err
+
+
+def test_deadline_is_minutes_or_the_next_time_of_day():
+    now = datetime(2026, 11, 20, 17, 30, 15)
+    assert parse_deadline("90", now) == now.timestamp() + 5400
+    assert parse_deadline("0.5", now) == now.timestamp() + 30
+    assert parse_deadline("18:00", now) == datetime(2026, 11, 20, 18, 0).timestamp()
+    assert parse_deadline("17:30", now) == datetime(2026, 11, 21, 17, 30).timestamp()
+    for text in ("", "soon", "24:00", "17:60", "0", "1h"):
+        with pytest.raises(ConfigError, match="--deadline"):
+            parse_deadline(text, now)
+
+
+def test_progress_keeps_lines_and_thins_out_bars():
+    out = io.StringIO()
+    progress = runner.Progress(out)
+    for text in ("read", "ing\n", "\r 1%", "\r 2%", "\r 3%\n", "done\n", "\n"):
+        progress.write(text)
+    assert out.getvalue() == "  reading\n  1%\n   3%\n  done\n"
+
+
+def test_help_is_complete(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0
+    options = "--profile --run --from --only --force -p --upstream --gifs --qa --holdout --bundle --deadline"
+    for part in [*options.split(), "test", "bench", "make-shapes", "readme", "75", "130"]:
+        assert part in text, part
+
+
+def test_make_shapes_refuses_a_folder_with_files(tmp_path, capsys):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["make-shapes", "--out", str(tmp_path)])
+    assert "is not an empty folder" in capsys.readouterr().err and (tmp_path / "x").read_text() == "mine"
+
+
+def test_report_holds_scores_figures_and_no_markup_of_the_data(tmp_path, world):
+    world.run()
+    book = nbformat.read(world.folder / "04_evaluation.ipynb", 4)
+    image = nbformat.v4.new_output("display_data", {"image/png": "aGVsbG8="})
+    book.cells += [nbformat.v4.new_markdown_cell("## Scores & <b>all</b>"), new_code_cell("1", outputs=[image])]
+    nbformat.write(book, world.runs / "tiny" / "04_evaluation" / "04_evaluation.ipynb")
+    profile = load_profile("tiny", {"language_model.prompt": "<script>alert(1)</script>{question}"})
+    page = write_report(stages.load_suite(stages.suite_file()), world.runs / "tiny", profile).read_text()
+    assert "0.900" in page and "data:image/png;base64,aGVsbG8=" in page and "Scores &amp; &lt;b&gt;all" in page
+    assert "<script>" not in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_score_table_leaves_out_what_was_not_measured(tmp_path):
+    folder = tmp_path / "run" / "04_evaluation"
+    folder.mkdir(parents=True)
+    assert score_table(tmp_path / "run") is None
+    metrics = {"count_mse": 0.4, "majority_count_mse": 5.0, "blind_count_mse": None}
+    (folder / "stage.json").write_text(json.dumps({"status": "complete", "metrics": metrics}))
+    table = score_table(tmp_path / "run")
+    assert table.to_dict("index") == {"Count MSE (lower is better)": {"model": 0.4, "majority": 5.0}}
+
+
+def test_readme_table_is_made_between_its_marks(tmp_path, world):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- notebooks:start -->\nold\n<!-- notebooks:end -->\nafter\n")
+    suite = stages.load_suite(stages.suite_file())
+    assert runner.update_readme(readme, suite) and not runner.update_readme(readme, suite)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert all(f"(notebooks/{name}.ipynb)" in text for name in NAMES)
+    readme.write_text("no marks")
+    with pytest.raises(ConfigError, match="once each"):
+        runner.update_readme(readme, suite)
+
+
+def test_options_of_one_session_are_dropped_from_the_command_that_goes_on():
+    argv = ["--force", "--deadline", "5", "--deadline=5", "-p", "a", "b"]
+    assert runner._without(argv, {"--force": 0, "--deadline": 1}) == ["-p", "a", "b"]
