@@ -4,130 +4,115 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import lance
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
-from PIL import Image
-
-from helpers.store import FeatureTable
-
-ROOT = Path(__file__).resolve().parents[2]
-KILLS = 4
-
-# Runs one stage over the GIFs of a folder; says when the imports are done and the work begins.
-SCRIPT = """
-import sys
-from pathlib import Path
-
 import torch
+from PIL import Image
+from torch import nn
 
 from helpers import store
 from helpers.config import DataConfig
 from helpers.corpora import Corpus, question_row, question_table, reject_table
+from helpers.store import FeatureTable
+
+KILLS = 5
+# Processes are forked from one that has done the imports and opened no table, so that each starts at once.
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload(["helpers.store", "torch"])
 
 
-class Encoder(torch.nn.Module):
+class Encoder(nn.Module):
     key, frames_per_group, image_size, embed_dim = "fake@1", 16, 32, 16
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.linear = torch.nn.Linear(32 * 32 * 3, 16)
+        self.linear = nn.Linear(32 * 32 * 3, 16)
 
-    def forward(self, frames, lengths):
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         mask = (torch.arange(16) < lengths[:, None])[..., None]
         return self.linear(frames.flatten(2).float() / 255) * mask
 
 
-def main():
-    stage, gifs, folder, workers = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-    torch.set_num_threads(1)
-    store.BATCH_GIFS = 2
-    data = DataConfig(
-        corpus="own_gifs", shard_size=12, image_size=32, frame_format="png", jpeg_quality=90, groups=[1, 2],
-        max_canvas_pixels=100_000, max_frames=100, max_bytes=1_000_000, decode_seconds=20.0, workers=workers,
+def data_config(workers: int) -> DataConfig:
+    return DataConfig(
+        corpus="own_gifs",
+        shard_size=12,
+        image_size=32,
+        frame_format="png",
+        jpeg_quality=90,
+        groups=[1, 2],
+        max_canvas_pixels=100_000,
+        max_frames=100,
+        max_bytes=1_000_000,
+        decode_seconds=20.0,
+        workers=workers,
     )
-    print("ready", flush=True)
-    if stage == "features":
-        store.cache_features(gifs, folder / "features.lance", Encoder(), data, batch_groups=3)
-        return
+
+
+def shard(ready: Connection, gifs: Path, folder: Path, workers: int) -> None:
     names = sorted(path.name for path in gifs.iterdir())
     rows = [
         question_row(question_id=name, gif=name, split="train", task="count", question="how many ?", answer="2")
         for name in names
     ]
     corpus = Corpus("own", question_table(rows), {name: str(gifs / name) for name in names}, reject_table([]))
-    store.shard_gifs(corpus, folder, data)
+    store.BATCH_GIFS = 2
+    ready.send("begin")
+    store.shard_gifs(corpus, folder, data_config(workers))
 
 
-if __name__ == "__main__":
-    main()
-"""
+def cache(ready: Connection, frames: Path, folder: Path, workers: int) -> None:
+    torch.set_num_threads(1)
+    store.BATCH_GIFS = 2
+    encoder = Encoder()
+    ready.send("begin")
+    store.cache_features(frames, folder / "features.lance", encoder, data_config(workers), batch_groups=3)
 
 
-@pytest.fixture(scope="module")
-def script(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("script") / "stage.py"
-    path.write_text(SCRIPT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def gifs(tmp_path_factory) -> Path:
-    """40 GIFs of 1 to 50 frames, among them a repetition and two files that are no GIF."""
-    folder = tmp_path_factory.mktemp("gifs")
-    rng = np.random.default_rng(0)
-    for number in range(40):
-        pictures = [Image.fromarray(rng.integers(0, 256, (60, 60), dtype=np.uint8)) for _ in range(rng.integers(1, 51))]
-        pictures[0].save(folder / f"{number:02d}.gif", save_all=True, append_images=pictures[1:], duration=70)
-    (folder / "21.gif").write_bytes((folder / "03.gif").read_bytes())
-    (folder / "05.gif").write_bytes(b"no GIF")
-    (folder / "30.gif").write_bytes(b"")
-    return folder
-
-
-def start(script: Path, *arguments: object) -> subprocess.Popen:
-    """Start a stage and return once its imports are done."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *map(str, arguments)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    if process.stdout.readline() != "ready\n":
-        pytest.fail(process.communicate()[1])
+def start(work: Callable, *arguments: object):
+    """Start `work` in a process of its own; returns once it begins."""
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=work, args=(sender, *arguments))
+    process.start()
+    sender.close()
+    assert receiver.recv() == "begin"
     return process
 
 
-def run(script: Path, *arguments: object) -> float:
-    """Run a stage to its end; seconds of its work."""
-    process = start(script, *arguments)
+def run(work: Callable, *arguments: object) -> float:
+    """Run `work` to its end; its seconds."""
+    process = start(work, *arguments)
     began = time.monotonic()
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    process.join()
+    assert process.exitcode == 0
     return time.monotonic() - began
 
 
-def kill_often(script: Path, seconds: float, *arguments: object) -> int:
-    """Start a stage again and again, each time killing it (not its children) by -9; how many runs died of it."""
+def kill_often(seconds: float, work: Callable, *arguments: object) -> int:
+    """Start `work` again and again, killing it by -9 at random moments; how many processes died of it."""
     rng = random.Random(0)
     killed = 0
     for _ in range(KILLS):
-        process = start(script, *arguments)
-        time.sleep(rng.uniform(0.05, 0.5) * seconds)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)  # ends only once its children, which hold its pipes, have ended too
-        killed += process.returncode == -signal.SIGKILL
+        process = start(work, *arguments)
+        time.sleep(rng.uniform(0.02, 0.4) * seconds)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
     return killed
 
 
 def contents(folder: Path) -> dict[str, list]:
-    """All rows and values of all tables under a folder; Lance files differ, their rows may not."""
+    """All rows and values of all tables under a folder; the files of equal Lance tables differ."""
     tables = {
         str(path.relative_to(folder)): lance.dataset(str(path)).to_table().to_pylist()
         for path in sorted(folder.rglob("*.lance"))
@@ -140,28 +125,62 @@ def contents(folder: Path) -> dict[str, list]:
     return tables | parquet
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_sharding_killed_at_random_moments_ends_with_the_same_tables(tmp_path, script, gifs, workers):
-    seconds = run(script, "shards", gifs, tmp_path / "whole", workers)
-    killed = kill_often(script, seconds, "shards", gifs, tmp_path / "cut", workers)
-    run(script, "shards", gifs, tmp_path / "cut", workers)
-    assert killed > 0
-    expected = contents(tmp_path / "whole")
-    assert len(expected) == 10 and sum(len(rows) for name, rows in expected.items() if "frames" in name) == 37
-    assert contents(tmp_path / "cut") == expected
+@pytest.fixture(scope="module")
+def gifs(tmp_path_factory) -> Path:
+    """40 files: GIFs of 1 to 50 frames, among them a repetition, and two that are no GIF."""
+    folder = tmp_path_factory.mktemp("gifs")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        pictures = [Image.fromarray(rng.integers(0, 256, (60, 60), dtype=np.uint8)) for _ in range(rng.integers(1, 51))]
+        pictures[0].save(folder / f"{number:02d}.gif", save_all=True, append_images=pictures[1:], duration=70)
+    (folder / "21.gif").write_bytes((folder / "03.gif").read_bytes())
+    (folder / "05.gif").write_bytes(b"no GIF")
+    (folder / "30.gif").write_bytes(b"")
+    return folder
 
 
-def test_caching_killed_at_random_moments_ends_with_the_same_table(tmp_path, script, gifs):
-    run(script, "shards", gifs, tmp_path / "01", 1)
-    frames = tmp_path / "01" / "frames"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, gifs) -> tuple[Path, float]:
+    """Notebook 01's tables of a run that nothing disturbed, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    seconds = run(shard, gifs, folder, 1)
+    tables = contents(folder)
+    assert len(tables) == 10  # four shards, what became of their sources, questions and rejects
+    assert sum(len(rows) for name, rows in tables.items() if name.startswith("frames")) == 37
+    return folder, seconds
+
+
+def test_sharding_killed_at_random_moments_ends_with_the_same_tables(tmp_path, gifs, whole):
+    folder, seconds = whole
+    assert kill_often(seconds, shard, gifs, tmp_path / "cut", 1) > 0
+    run(shard, gifs, tmp_path / "cut", 1)
+    assert contents(tmp_path / "cut") == contents(folder)
+
+
+def test_killed_sharding_takes_its_worker_processes_along(tmp_path, gifs, whole):
+    process = start(shard, gifs, tmp_path / "cut", 2)
+    while not any((tmp_path / "cut").rglob("*.manifest")):  # until a first batch is on disk
+        assert process.is_alive()
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    run(shard, gifs, tmp_path / "cut", 1)
+    assert contents(tmp_path / "cut") == contents(whole[0])
+
+
+def test_caching_killed_at_random_moments_ends_with_the_same_table(tmp_path, whole):
+    frames = whole[0] / "frames"
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    seconds = run(script, "features", frames, tmp_path / "whole", 2)
-    killed = kill_often(script, seconds, "features", frames, tmp_path / "cut", 2)
-    run(script, "features", frames, tmp_path / "cut", 2)
-    assert killed > 0
+    seconds = run(cache, frames, tmp_path / "whole", 2)
+    assert kill_often(seconds, cache, frames, tmp_path / "cut", 2) > 0
+    run(cache, frames, tmp_path / "cut", 2)
     expected = contents(tmp_path / "whole")
     assert len(expected["features.lance"]) == 37
     assert contents(tmp_path / "cut") == expected
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["features.lance"]
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["features.lance"]
     assert len(FeatureTable(tmp_path / "cut" / "features.lance")) == 37
