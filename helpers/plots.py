@@ -10,9 +10,11 @@ from textwrap import shorten, wrap
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import get_data_path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 
 # Okabe and Ito's palette (2008): told apart with every common form of colour blindness.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
@@ -360,3 +362,36 @@ def features_overview(
         figure.colorbar(image, ax=axes[0, 1:].tolist(), label="cosine similarity of frames", shrink=0.9)
     figure.suptitle("Cached frame embeddings")
     return figure
+
+
+def asked_gif(
+    rows: pd.DataFrame, frames: np.ndarray, times_ms: Sequence[float], duration_ms: float, path: Path
+) -> Path:
+    """Write an animated GIF that plays a GIF beside the questions it was asked and the answers; returns the path.
+
+    rows: rows of a predictions table, all about this GIF. frames: uint8 [T, H, W, 3]; times_ms: when each of them
+    starts; the last one stays until `duration_ms`.
+    """
+    side, width, margin = 300, 470, 14
+    fonts = Path(get_data_path()) / "fonts" / "ttf"
+    plain, bold = (ImageFont.truetype(fonts / name, 14) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
+    panel = Image.new("RGB", (width, side), "white")
+    draw, top = ImageDraw.Draw(panel), margin
+    step = (side - margin) / len(rows)
+    for row in rows.itertuples():
+        truth = str(max(int(row.label), 1)) if row.task == "count" else row.answer
+        right = str(row.prediction) == truth
+        draw.text((margin, top), shorten(row.question, 54, placeholder=" ..."), "black", plain)
+        said = f"{row.prediction}   {100 * row.confidence:.0f} %" + ("" if right else f"   (it is {truth})")
+        draw.text((margin + 14, top + 19), shorten(said, 50, placeholder=" ..."), GREEN if right else RED, bold)
+        top += step
+    pictures = []
+    for frame in frames:
+        page = Image.new("RGB", (side + width, side), "white")
+        page.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS), (0, 0))
+        page.paste(panel, (side, 0))
+        pictures.append(page)
+    durations = np.diff([*times_ms, max(duration_ms, times_ms[-1] + 20)]).clip(20).round(-1).astype(int).tolist()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return path

@@ -1,0 +1,53 @@
+"""The gate before the shipped backbones: every attribute of the world is there, before anything is aligned."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import helpers
+from helpers.assets import make_tiny
+from helpers.corpora.shapes import make_world
+from helpers.models.xclip import load_xclip
+
+TINY = Path(helpers.__file__).parent / "assets" / "tiny"
+BAR = 0.95
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "llama")
+
+
+def test_small_safetensors_only():
+    files = [path for path in TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 6_000_000
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+
+
+def test_tokenizer_spells_any_text(tokenizer):
+    text = "Größe? 猫 0x7f\t~ \U0001f600 What does the zebra do 12 times ?"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_end_token_is_the_last_one_for_xclips_pooling(tokenizer):
+    assert tokenizer.eos_token_id == len(tokenizer) - 1
+    assert load_xclip("tiny/xclip").config.text_config.vocab_size == len(tokenizer)
+
+
+def test_language_model_reads_every_attribute_from_captions(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(TINY / "llama")
+    accuracy = make_tiny.gate_language_model(model, tokenizer, scenes=150)
+    assert set(accuracy["caption"]) == {"object", "color", "number", "location", "action", "transition", "count"}
+    assert min(accuracy["caption"].values()) >= BAR, accuracy
+    assert min(accuracy["storyboard"].values()) >= BAR, accuracy
+
+
+def test_encoder_tells_every_attribute_apart_among_hard_negatives():
+    scenes, _ = make_world(make_tiny.GATE_SEED + 1, 80, "gate")
+    model = load_xclip("tiny/xclip")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "xclip")
+    accuracy = make_tiny.gate_encoder(model, tokenizer, scenes, make_tiny.render(scenes, workers=1))
+    attributes = {"object", "color", "number", "item object", "item color", "location", "motion", "count", "order"}
+    assert set(accuracy) == attributes
+    assert min(accuracy.values()) >= BAR, accuracy
