@@ -338,6 +338,8 @@ def features_overview(
 ) -> Figure:
     """How many frames the cached views hold, and for a few GIFs how alike their frames are to the encoder.
 
+    Likeness is the cosine similarity of frame embeddings, from which the mean over the GIF's frames is taken.
+
     Args:
         lengths: frames in each GIF's longest view, [GIFs].
         embeddings: for each GIF shown its frame embeddings [T, D]. times_ms: when each frame starts, [T].
@@ -350,8 +352,9 @@ def features_overview(
     image = None
     for axis, values, times, name in zip(axes[0, 1:], embeddings, times_ms, names, strict=True):
         unit = values.astype(np.float32)
+        unit -= unit.mean(axis=0)  # what all frames share would hide how they differ
         unit /= np.linalg.norm(unit, axis=1, keepdims=True).clip(min=1e-8)
-        image = axis.imshow(unit @ unit.T, vmin=0, vmax=1, cmap="cividis")
+        image = axis.imshow(unit @ unit.T, vmin=-1, vmax=1, cmap="RdBu_r")
         ticks = np.unique(np.linspace(0, len(times) - 1, 4).round().astype(int))
         labels = [f"{times[tick] / 1000:.1f}" for tick in ticks]
         axis.set_xticks(ticks, labels)
@@ -359,7 +362,7 @@ def features_overview(
         axis.set(title=shorten(name, 30, placeholder=" ...").replace("$", r"\$"), xlabel="time (s)", ylabel="time (s)")
         axis.grid(visible=False)
     if image is not None:
-        figure.colorbar(image, ax=axes[0, 1:].tolist(), label="cosine similarity of frames", shrink=0.9)
+        figure.colorbar(image, ax=axes[0, 1:].tolist(), label="cosine similarity, mean frame removed", shrink=0.9)
     figure.suptitle("Cached frame embeddings")
     return figure
 

@@ -682,9 +682,9 @@ def _encode_missing(
                     finished.append(_feature_row(row, parts, encoder.key))
             progress.update(len(owners))
             if len(finished) >= BATCH_GIFS or time.monotonic() - committed > BATCH_SECONDS:
-                _upsert(path, finished, schema)
+                upsert_features(path, finished, schema)
                 finished, committed = [], time.monotonic()
-        _upsert(path, finished, schema)
+        upsert_features(path, finished, schema)
 
 
 def _encoded_batches(
@@ -771,7 +771,7 @@ def _feature_row(row: dict[str, Any], parts: list[np.ndarray], encoder_key: str)
     }
 
 
-def _upsert(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def upsert_features(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     """Insert rows, or replace those of the same gif_sha256, in one commit."""
     if not rows:
         return
