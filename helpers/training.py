@@ -384,13 +384,13 @@ class Recorder:
     def __init__(self, plan: BatchPlan, video: bool, history: pd.DataFrame | None, seconds: float):
         self.rows: list[dict[str, Any]] = [] if history is None else history.to_dict("records")
         self.pending: list[torch.Tensor] = []
-        self.plan, self.started = plan, time.perf_counter() - seconds
+        self.plan, self.before, self.began = plan, seconds, time.perf_counter()
         self.tokens = plan.text_tokens + (plan.video_tokens if video else 0)
 
     @property
     def seconds(self) -> float:
         """Training time of all sessions so far, in seconds."""
-        return time.perf_counter() - self.started
+        return self.before + time.perf_counter() - self.began
 
     def add(self, loss: torch.Tensor, rates: dict[str, float]) -> None:
         """Note one step: its loss (a scalar, left where it is) and the learning rates that it used."""
@@ -652,6 +652,20 @@ class TrainResult:
     history: pd.DataFrame
     waste: float  # padded over real tokens of the whole plan
 
+    def summary(self) -> dict[str, float]:
+        """Numbers for a table or a bundle; losses (nats) are means over the first and last twentieth of the steps."""
+        part = max(1, self.steps // 20)
+        return {
+            "steps": self.steps,
+            "epochs": round(self.epochs, 3),
+            "minutes": round(self.seconds / 60, 2),
+            "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens / self.seconds) if self.seconds else 0,
+            "padding_waste": round(self.waste, 4),
+            "first_loss": float(self.history["loss"].iloc[:part].mean()),
+            "last_loss": float(self.history["loss"].iloc[-part:].mean()),
+        }
+
 
 def train(
     model: nn.Module,
@@ -736,6 +750,7 @@ def _run(
     try:
         with _stop_signals() as signals:
             trainer.add_callback(RunControl(trainer, config, deadline, signals, evaluate))
+            trainer.recorder.began = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(path) if path else None)
     finally:
         trainer.writer.close()
