@@ -375,9 +375,9 @@ def _last_cell(notebook: Path) -> str:
     """Name the last cell that began: after a kernel's death papermill marks cells complete that never ran."""
     if not notebook.is_file():
         return "before its first cell"
-    cells = nbformat.read(notebook, as_version=4).cells
-    ran = [cell for cell in cells if cell.cell_type == "code" and cell.execution_count]
-    return f"in cell [{ran[-1].execution_count}]: {_first_line(ran[-1].source)}" if ran else "before its first cell"
+    code = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    began = [number for number, cell in enumerate(code) if cell.metadata.get("papermill", {}).get("start_time")]
+    return f"in cell [{began[-1] + 1}]: {_first_line(code[began[-1]].source)}" if began else "before its first cell"
 
 
 def _first_line(source: str) -> str:

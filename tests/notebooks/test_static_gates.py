@@ -93,6 +93,9 @@ def _stage_faults(name: str, code: list[NotebookNode], parameters: set[str]) -> 
         if not (isinstance(given.get(common), ast.Name) and given[common].id == common):
             found.append(f"Stage(...) does not get {common}={common}")
     passed = given.get("parameters")
+    if isinstance(passed, ast.Name):  # a dict that was named first
+        assigned = [n for cell in code for n in ast.parse(cell.source).body if isinstance(n, ast.Assign)]
+        passed = next((n.value for n in assigned if ast.unparse(n.targets[0]) == passed.id), None)
     names = {ast.literal_eval(key) for key in passed.keys} if isinstance(passed, ast.Dict) else set()
     if names != parameters:
         found.append(f"Stage(...) gets the parameters {sorted(names)}, the parameters cell has {sorted(parameters)}")
