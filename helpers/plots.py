@@ -362,7 +362,7 @@ def features_overview(
         axis.set(title=shorten(name, 30, placeholder=" ...").replace("$", r"\$"), xlabel="time (s)", ylabel="time (s)")
         axis.grid(visible=False)
     if image is not None:
-        figure.colorbar(image, ax=axes[0, 1:].tolist(), label="cosine similarity, mean frame removed", shrink=0.9)
+        figure.colorbar(image, ax=axes[0, 1:].tolist(), label="similarity (cosine)", shrink=0.9)
     figure.suptitle("Cached frame embeddings")
     return figure
 

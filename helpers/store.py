@@ -120,11 +120,15 @@ def shard_gifs(corpus: Corpus, folder: Path | str, data: "DataConfig", frames_pe
     todo = [k for k in range(len(shards)) if not _shard_path(folder, k).exists()]
     _require_frame_space(folder, [len(shards[k]) for k in todo], data, frames_per_group)
     begun = len(names) - sum(len(shards[k]) for k in todo) + sum(_journal_size(folder, k) for k in todo)
-    with tqdm(total=len(names), initial=begun, desc="decoding GIFs", unit="GIF", mininterval=1) as progress:
+    with (
+        tqdm(total=len(names), initial=begun, desc="decoding GIFs", unit="GIF", mininterval=1) as progress,
+        _Decoders(data.workers, settings) as decoders,
+    ):
         known: set[str] = set()
         for k, shard in enumerate(shards):
             if k in todo:
-                _fill_journal(folder, k, {name: corpus.gifs[name] for name in shard}, settings, data, known, progress)
+                sources = {name: corpus.gifs[name] for name in shard}
+                _fill_journal(_journal_path(folder, k), sources, data, decoders, known, progress)
                 _finish_shard(folder, k)
                 _require_measured_space(folder, shards, k)
             else:
@@ -261,10 +265,9 @@ def _journal_size(folder: Path, k: int) -> int:
 
 
 def _fill_journal(
-    folder: Path, k: int, sources: dict[str, str], settings: dict, data: "DataConfig", known: set[str], progress: tqdm
+    path: Path, sources: dict[str, str], data: "DataConfig", decoders: "_Decoders", known: set[str], progress: tqdm
 ) -> None:
-    """Decode what the journal of shard k lacks, in the order of names, so that the first of equal files is stored."""
-    path = _journal_path(folder, k)
+    """Decode what a shard's journal lacks, in the order of names, so that the first of equal files is stored."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done: set[str] = set()
     stored = set(known)
@@ -280,7 +283,7 @@ def _fill_journal(
         lance.write_dataset(pa.Table.from_pylist(rows, schema=JOURNAL_SCHEMA), str(path), mode=mode)
 
     todo = [(name, source) for name, source in sources.items() if name not in done]
-    for row in _decode_all(_with_bytes(todo, data), settings, data.workers):
+    for row in decoders.rows(_with_bytes(todo, data)):
         if row.get("reason") is None and row["gif_sha256"] in stored:
             row = {"gif": row["gif"], "gif_sha256": row["gif_sha256"]}
         elif row.get("reason") is None:
@@ -377,69 +380,73 @@ def _start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _new_pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+class _Decoders:
+    """Processes that decode, started when first needed and kept from shard to shard; one worker is this process."""
 
+    def __init__(self, workers: int, settings: dict[str, Any]):
+        self.workers = workers
+        self.settings = settings
+        self._pool: ProcessPoolExecutor | None = None
 
-def _decode_all(tasks: Iterable[tuple], settings: dict[str, Any], workers: int) -> Iterator[dict[str, Any]]:
-    """Rows of these GIFs in the order given, decoded by `workers` processes (1: in this one), few in flight.
+    def __enter__(self) -> "_Decoders":
+        return self
 
-    A GIF whose process dies (killed for memory, or by a fault in a C library) is rejected; the others go on.
-    """
-    if workers == 1:
-        for task in tasks:
-            yield _decode_source(*task, settings)
-        return
-    pool: ProcessPoolExecutor | None = None
-    waiting: deque[tuple[tuple, Future]] = deque()
-    try:
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def rows(self, tasks: Iterable[tuple]) -> Iterator[dict[str, Any]]:
+        """Rows of these GIFs in the order given, few in flight.
+
+        A GIF whose process dies (killed for memory, or by a fault in a library) is rejected; the others go on.
+        """
+        if self.workers == 1:
+            for task in tasks:
+                yield _decode_source(*task, self.settings)
+            return
+        waiting: deque[tuple[tuple, Future]] = deque()
         for task in chain(tasks, repeat(None)):
             if task is not None:
-                pool = pool or _new_pool(workers)
-                waiting.append((task, _submit(pool, task, settings)))
-                if len(waiting) < 4 * workers:
+                waiting.append((task, self._submit(task, self.workers)))
+                if len(waiting) < 4 * self.workers:
                     continue
             elif not waiting:
                 return
             try:
                 row = waiting[0][1].result()
             except BrokenProcessPool:  # any GIF in flight may be the cause
-                pool.shutdown()
-                pool = None
+                self._stop()
                 suspects = [task for task, _ in waiting]
                 waiting.clear()
-                yield from _decode_singly(suspects, settings)
+                yield from self._singly(suspects)
             else:
                 waiting.popleft()
                 yield row
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
 
-
-def _submit(pool: ProcessPoolExecutor, task: tuple, settings: dict[str, Any]) -> Future:
-    try:
-        return pool.submit(_decode_source, *task, settings)
-    except BrokenProcessPool as error:  # a process died meanwhile: let the result say so
-        failed: Future = Future()
-        failed.set_exception(error)
-        return failed
-
-
-def _decode_singly(tasks: list[tuple], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows of these GIFs, one in flight at a time, so that the one whose process dies is known."""
-    pool = _new_pool(1)
-    try:
+    def _singly(self, tasks: list[tuple]) -> Iterator[dict[str, Any]]:
+        """Rows of these GIFs, one in flight at a time, so that the one whose process dies is known."""
         for task in tasks:
             try:
-                yield pool.submit(_decode_source, *task, settings).result()
+                yield self._submit(task, 1).result()
             except BrokenProcessPool:
-                pool.shutdown()
-                pool = _new_pool(1)
+                self._stop()
                 why = "the process that decoded it died (out of memory, or a fault in a library)"
                 yield {"gif": task[0], "reason": why}
-    finally:
-        pool.shutdown(cancel_futures=True)
+        self._stop()
+
+    def _submit(self, task: tuple, workers: int) -> Future:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+        try:
+            return self._pool.submit(_decode_source, *task, self.settings)
+        except BrokenProcessPool as error:  # a process died meanwhile: let the result say so
+            failed: Future = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def _match_questions(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -116,3 +116,26 @@ def test_nothing_to_draw_is_said():
     ):
         with pytest.raises(ValueError, match="nothing to draw"):
             draw(empty)
+
+
+def test_the_frames_overview_shows_every_gif_and_every_strip():
+    info = pd.DataFrame({"num_frames": [3, 20, 60], "duration_ms": [300.0, 2000.0, 6000.0]})
+    strips = [np.full((n, 8, 8, 3), n, np.uint8) for n in (3, 60)]
+    figure = plots.frames_overview(info, strips, ["short", "costs $5"])
+    frames, seconds, first, second = figure.axes
+    assert sum(bar.get_height() for bar in frames.patches) == sum(bar.get_height() for bar in seconds.patches) == 3
+    assert (frames.get_xlabel(), seconds.get_xlabel()) == ("frames in the file", "duration (s)")
+    assert [axis.get_title(loc="left") for axis in (first, second)] == ["short", r"costs \$5"]
+    assert first.images[0].get_array().shape[0] == 8
+    with pytest.raises(ValueError, match="one name a strip"):
+        plots.frames_overview(info, strips, ["short"])
+
+
+def test_the_features_overview_shows_cosines_without_the_mean_frame():
+    values = np.array([[3, 1], [1, 1], [3, 1]], np.float16)  # around their mean: +, -, + along one axis
+    figure = plots.features_overview(np.array([3, 16]), [values], [np.array([0.0, 100.0, 2000.0])], ["a"])
+    histogram, similarity = figure.axes[:2]
+    assert sum(bar.get_height() for bar in histogram.patches) == 2
+    expected = [[1, -1, 1], [-1, 1, -1], [1, -1, 1]]
+    np.testing.assert_allclose(similarity.images[0].get_array(), expected, atol=1e-6)
+    assert [tick.get_text() for tick in similarity.get_xticklabels()] == ["0.0", "0.1", "2.0"]

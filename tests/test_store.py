@@ -23,6 +23,7 @@ from helpers import store
 from helpers.config import DataConfig
 from helpers.corpora import Corpus, question_row, question_table, reject_table
 from helpers.gifs import decode
+from helpers.models.xclip import FrameEncoder, load_xclip
 from helpers.store import FeatureTable, FrameTable, StoreError, cache_features, read_questions, shard_gifs
 from helpers.workspace import DiskFull
 
@@ -271,15 +272,9 @@ def test_a_full_disk_is_said_before_anything_is_decoded(tmp_path, corpus, monkey
         shard_gifs(corpus, tmp_path / "01", data_config())
 
 
-def die(gif: str, *args) -> dict:
-    if gif == "d.gif":
-        os._exit(9)
-    return store._decode_source(gif, *args)
-
-
 class FaultyPool(ProcessPoolExecutor):
-    def submit(self, function, *args):
-        return super().submit(die, *args)
+    def submit(self, function, gif, *args):
+        return super().submit(os._exit, 9) if gif == "d.gif" else super().submit(function, gif, *args)
 
 
 def test_processes_give_the_same_rows_and_a_gif_that_kills_its_process_is_rejected(tmp_path, corpus, monkeypatch):
@@ -367,6 +362,25 @@ def test_feature_rows_keep_only_distinct_views_and_their_times(tmp_path, frames_
         assert len(row["frame_times_ms"]) == len(row["embeddings"]) == sum(lengths)
         expected_groups += sum(-(-length // 16) for length in lengths)
     assert cached.groups == cached.encoded_groups == expected_groups
+
+
+def test_features_of_the_real_encoder(tmp_path, frames_folder, files, tiny_xclip_dir):
+    encoder = FrameEncoder(load_xclip(str(tiny_xclip_dir)), "tiny")
+    cache_features(frames_folder, tmp_path / "features.lance", encoder, data_config(), batch_groups=4)
+    table = FeatureTable(tmp_path / "features.lance")
+    assert table.encoder_key == encoder.key
+    for content in files.values():
+        decoded = decode(content, image_size=SIZE, groups=[2])
+        pictures = decoded.frames[decoded.views[0]["rows"]]
+        expected = []
+        for part in (pictures[:16], pictures[16:]):
+            if len(part):
+                padded = np.zeros((1, 16, SIZE, SIZE, 3), np.uint8)
+                padded[0, : len(part)] = part
+                with torch.no_grad():
+                    expected.append(encoder(torch.from_numpy(padded), torch.tensor([len(part)]))[0, : len(part)])
+        frames, _ = table.fetch([hashlib.sha256(content).hexdigest()], 2)
+        np.testing.assert_allclose(frames[0], torch.cat(expected).numpy(), atol=2e-3, rtol=2e-3)
 
 
 def test_batches_fill_across_gifs(tmp_path, frames_folder):
