@@ -69,9 +69,10 @@ def _figures(notebook: Path) -> list[str]:
             heading = titles[-1] if titles else heading
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "image/png" in data:
-                image = "".join(data["image/png"].split())
-                parts.append((heading, f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{image}">'))
+            kind = next((kind for kind in ("image/png", "image/jpeg", "image/gif") if kind in data), None)
+            if kind:
+                image = "".join(data[kind].split())
+                parts.append((heading, f'<img alt="{html.escape(heading)}" src="data:{kind};base64,{image}">'))
             elif "<table" in data.get("text/html", ""):
                 parts.append((heading, data["text/html"]))
     shown, last = [], ""

@@ -251,9 +251,6 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
     given, texts = _user_inputs(args)
     overrides |= {key: parse_override(key, text) for key, text in texts.items() if key not in overrides}
     for stage, values in given.items():
-        if stage == "03_adapter_training" and stage in own and "bundle" not in own[stage]:
-            specs = [spec for spec in specs if spec.name != stage]  # a given bundle is scored, not trained
-            continue
         for name, text in values.items() if stage in own else ():
             if name not in own[stage]:
                 raise ConfigError(f"{stage} has no parameter {name!r}")
@@ -460,13 +457,11 @@ def _bytes(folder: Path) -> int:
 
 def _upstream_gap(plan: Plan, spec: StageSpec) -> tuple[int, str] | None:
     """Return exit code and message if an input of `spec` is missing or partly done."""
-    trained = any(other.name == "03_adapter_training" for other in plan.specs)
-    bundle = plan.parameters[spec.name].get("bundle")
     for name in spec.inputs:
         manifest = read_manifest(find_stage(plan.folder, name))
-        if manifest is None and not (bundle and name == "03_adapter_training" and not trained):
+        if manifest is None:
             return REFUSED, f"{spec.name} needs {name}, which is not done in run {plan.run!r}: start with --from {name}"
-        if manifest is not None and manifest["status"] != "complete":
+        if manifest["status"] != "complete":
             return PAUSED, f"{spec.name} waits: {name} is only partly done"
     return None
 
