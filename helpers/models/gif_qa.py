@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import os
 import shutil
@@ -74,8 +73,6 @@ def load_language_model(
     dtype = compute_dtype(device)
     options: dict[str, Any] = {}
     if config.quantisation == "nf4":
-        # bitsandbytes warns that it found no CPU kernel on the hub; the one it would fetch is lossy and is not wanted.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
