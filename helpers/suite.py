@@ -408,7 +408,7 @@ def execute(plan: Plan, spec: StageSpec) -> None:
         at = f"cell [{error.exec_count}]: {_first_line(error.source)}"
         trace = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in error.traceback).splitlines()
         shown = "\n".join(trace if len(trace) <= 40 else ["...", *trace[-40:]])
-        raise Failed(f"{spec.name}, {at}\n{shown}\n{error.ename}: {error.evalue}\nNotebook: {output}") from error
+        raise Failed(f"{spec.name}, {at}\n{shown or error.ename}\nNotebook: {output}") from error
     except DeadKernelError as error:
         raise Failed(
             f"{spec.name}: the kernel died (out of memory?) {_last_cell(output)}\n"
