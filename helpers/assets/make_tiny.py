@@ -237,13 +237,11 @@ def train_frames(model, tokenizer, scenes, gifs, minutes: float, rate: float = 1
     static = [_static_targets(scene) for scene in scenes]
     started, step, done, shown = time.process_time(), 0, 0.0, {a: [] for a in aspects}
     while done < 1:
-        count = int(rng.choice([1, 4, 16], p=[0.4, 0.35, 0.25]))
+        count = int(rng.choice([1, 4, 16], p=[0.5, 0.3, 0.2]))
         chosen = rng.integers(len(scenes), size=batch // count)
         picked = [np.sort(rng.permutation(len(gifs[i]))[:count]) for i in chosen]
         picked = [np.resize(p, count) for p in picked]
         frames = torch.from_numpy(np.stack([gifs[i][p] for i, p in zip(chosen, picked, strict=True)]))
-        # A shift of up to two pixels, the same for a GIF's frames.
-        frames = torch.stack([f.roll(tuple(rng.integers(-2, 3, 2).tolist()), (1, 2)) for f in frames])
         targets = {aspect: [] for aspect in aspects}
         for i, indices in zip(chosen, picked, strict=True):
             for state in (scenes[i].states[t] for t in indices):
@@ -432,7 +430,7 @@ def lm_batches(tokenizer, seed: int, size: int, styles: dict[str, float]):
     while True:
         scenes, questions = make_world(seed + number, 1024, "text")
         number += 1
-        asked = {name: rows for name, rows in questions.groupby("gif", sort=False)}
+        asked = dict(iter(questions.groupby("gif", sort=False)))
         order = rng.permutation(len(scenes))
         for start in range(0, len(order) - size + 1, size):
             batch = []
@@ -651,6 +649,7 @@ def main() -> None:
         gifs = render(scenes)
         model = XCLIPModel(xclip_config(len(tokenizer), tokenizer.eos_token_id))
         print(f"X-CLIP: {sum(p.numel() for p in model.parameters()):,} parameters")
+        torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.3)
         torch.nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.1)
         torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.1)
         torch.nn.init.normal_(model.mit.position_embedding, std=0.1)

@@ -86,7 +86,7 @@ SHORT_COUNTS = ((1, 2), (1, 3), (2, 3), (1, 4), (2, 4))
 ITEM_SLOTS = [(x, y) for x, y in ((0.08, 0.08), (0.235, 0.08), (0.08, 0.235))]
 ITEM_SLOTS += [(1 - x, y) for x, y in ITEM_SLOTS[:3]] + [(x, 1 - y) for x, y in ITEM_SLOTS[:3]]
 ITEM_SLOTS += [(1 - x, 1 - y) for x, y in ITEM_SLOTS[:3]]
-ITEM_RADIUS, SUBJECT_RADIUS, SHIFT = 0.07, 0.15, 0.22
+ITEM_RADIUS, SUBJECT_RADIUS, SHIFT = 0.075, 0.17, 0.22
 
 TASK_FILES = {
     "count": "count",
@@ -418,7 +418,7 @@ def draw_frames(scene: Scene) -> list[Image.Image]:
         shift = SHIFT * rng.uniform(0.9, 1.1)
         x += {"slide left": -shift, "slide right": shift}.get(state, 0)
         y += {"jump": -shift, "duck": shift}.get(state, 0)
-        r *= {"grow": 1.6, "shrink": 0.5}.get(state, 1)
+        r *= {"grow": 1.5, "shrink": 0.5}.get(state, 1)
         if state == "flash":
             color = (255, 255, 255)
         if state != "blink":
