@@ -318,6 +318,10 @@ def _skip_sub_blocks(data: bytes, position: int) -> tuple[int, bool]:
     end = len(data)
     while position < end:
         length = data[position]
+        if length == 255:  # nearly all are full: take runs of them at once
+            run = data[position : position + 256 * 256 : 256]
+            position += 256 * (len(run) - len(run.lstrip(b"\xff")))
+            continue
         position += length + 1
         if not length:
             return position, True
