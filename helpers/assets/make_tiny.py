@@ -32,10 +32,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, XCLIPConfig, XCLIPModel
 
-from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, make_world, write_gif
+from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, _pick, make_world, write_gif
 from helpers.gifs import Limits, decode, sample_indices
 
-PRETRAIN_SEED, GATE_SEED = 770_001, 770_002
+PRETRAIN_SEED, GATE_SEED = 770_001, 990_001  # texts use the seeds that follow as well
 FRAMES, SIZE, GROUPS = 16, 64, 4
 PROMPT = "Question: {question}\nAnswer:"
 TIMES = ("never", "once", "twice", *(f"{n} times" for n in ("three", "four", "five", "six", "seven", "eight")))
@@ -181,6 +181,16 @@ def xclip_config(vocabulary: int, eos: int) -> XCLIPConfig:
     )
 
 
+def new_xclip(tokenizer: PreTrainedTokenizerFast) -> XCLIPModel:
+    """An X-CLIP of 1.3 M parameters with random weights; with the stock, smaller ones training starts much slower."""
+    model = XCLIPModel(xclip_config(len(tokenizer), tokenizer.eos_token_id))
+    torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.3)
+    torch.nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.1)
+    torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.1)
+    torch.nn.init.normal_(model.mit.position_embedding, std=0.1)
+    return model
+
+
 def encode_texts(model: XCLIPModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     """Unit caption embeddings [K, D]."""
     tokens = tokenizer([text + "<eos>" for text in texts], return_tensors="pt", padding=True)
@@ -215,8 +225,9 @@ def _aspect_loss(pictures: Tensor, bank: Tensor, targets: Tensor, scale: Tensor)
     return F.cross_entropy(scale * pictures[keep] @ bank.T, targets[keep])
 
 
-def _schedule(step: int, steps: int, warmup: int = 100) -> float:
-    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+def _rate(peak: float, step: int, done: float) -> float:
+    """Learning rate after 200 steps of warm-up and a share `done` of a cosine to 1 % of the peak."""
+    return peak * min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _optimizer(parameters, rate: float) -> torch.optim.Optimizer:
@@ -250,7 +261,7 @@ def train_frames(model, tokenizer, scenes, gifs, minutes: float, rate: float = 1
                 for aspect in aspects:
                     targets[aspect].append(seen[aspect])
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = _rate(rate, step, done)
         with torch.autocast("cpu", torch.bfloat16):
             pictures = encode_frames(model, frames).flatten(0, 1)
             banks = encode_texts(model, tokenizer, [text for a in aspects for text in BANKS[a]])
@@ -291,26 +302,64 @@ def group_features(model, scenes, gifs) -> tuple[Tensor, Tensor, list[int], list
     return torch.stack(features), torch.stack(masks), owners, states
 
 
-def train_motion(model, tokenizer, scenes, data, minutes: float, rate: float = 1e-3, batch: int = 256) -> None:
-    """Step two: MIT and text tower on groups of frozen frame embeddings: motion, counts and order, and the rest."""
-    features, masks, owners, states = data
-    rng = np.random.default_rng(PRETRAIN_SEED + 1)
+def _recut(rng: np.random.Generator, states: list[str | None]) -> list[int]:
+    """Up to 16 frame numbers of a GIF in a new order that tells another story: rests, and runs of one to three actions.
+
+    Frames of one state look alike wherever they stand, so a few thousand GIFs make as many motions as there are steps.
+    """
+    places = {state: [t for t, s in enumerate(states) if s == state] for state in set(states)}
+    actions = [state for state in places if state is not None]
+    length = FRAMES if rng.random() < 0.7 else int(rng.integers(4, FRAMES))
+    slowest = int(rng.integers(1, 4))
+    story: list[str | None] = [None] * int(rng.integers(0, slowest + 1))
+    for action in rng.permutation(len(actions))[: int(rng.integers(1, len(actions) + 1))]:
+        for _ in range(int(rng.integers(1, 9))):
+            story += [actions[action]] * int(rng.integers(1, slowest + 1))
+            story += [None] * int(rng.integers(1, slowest + 1))
+    start = int(rng.integers(max(1, len(story) - length + 1)))
+    return [places[state][int(rng.integers(len(places[state])))] for state in story[start : start + length]]
+
+
+@torch.no_grad()
+def frame_features(model: XCLIPModel, gifs: list[np.ndarray]) -> list[Tensor]:
+    """Frozen embeddings of all frames of each GIF, [N, D] in fp16, encoded in runs of 16."""
+    model.eval()
+    found = []
+    for frames in tqdm(gifs, desc="frame embeddings", mininterval=10):
+        runs_of_16 = torch.from_numpy(frames).split(FRAMES)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(torch.cat([encode_frames(model, run[None])[0] for run in runs_of_16]).half())
+    model.train()
+    return found
+
+
+def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate: float = 1e-3) -> None:
+    """Step two: MIT and text tower on frozen frame embeddings: motion, counts and order, and all the rest again."""
+    features = frame_features(model, gifs)
+    rng, batch = np.random.default_rng(seed), 256
     model.vision_model.requires_grad_(False)
     model.visual_projection.requires_grad_(False)
     modules = (model.mit, model.text_model, model.text_projection)
     optimizer = _optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
     static = [_static_targets(scene) for scene in scenes]
-    motion = [_motion_targets(s) for s in states]
-    hidden = [all(s in ("blink", "flash") for s in group) for group in states]
+    cuts = [[g for view in views(scene).values() for g in view] for scene in scenes]
     aspects = ("subject", "items", "item color", "place", "count", "order")
     names, times = list(ACTIONS), len(TIMES)
     started, step, done, shown = time.process_time(), 0, 0.0, {a: [] for a in aspects}
     while done < 1:
-        chosen = rng.integers(len(owners), size=batch)
+        owners = rng.integers(len(scenes), size=batch)
+        x, masks = torch.zeros(batch, FRAMES, model.config.projection_dim), torch.zeros(batch, FRAMES, dtype=torch.bool)
+        motion, hidden = [], []
+        for row, owner in enumerate(owners):
+            states = scenes[owner].states
+            cut = _recut(rng, states) if rng.random() < 0.7 else _pick(rng, cuts[owner])
+            x[row, : len(cut)], masks[row, : len(cut)] = features[owner][cut].float(), True
+            motion.append(_motion_targets([states[t] for t in cut]))
+            hidden.append(all(states[t] in ("blink", "flash") for t in cut))
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = _rate(rate, step, done)
         with torch.autocast("cpu", torch.bfloat16):
-            pictures = encode_groups(model, features[chosen].float(), masks[chosen])
+            pictures = encode_groups(model, x, masks)
             banks = encode_texts(model, tokenizer, [text for a in aspects for text in BANKS[a]])
         pictures, banks = F.normalize(pictures.float(), dim=-1), banks.float()
         scale, loss, start = model.logit_scale.exp().clamp(max=100), 0.0, 0
@@ -321,8 +370,8 @@ def train_motion(model, tokenizer, scenes, data, minutes: float, rate: float = 1
                 # For each action that occurs, and one that does not: its count against the other counts; and for the
                 # count that it has, the action against the other actions with that count.
                 rows, wanted = [], []
-                for row, group in enumerate(chosen):
-                    counts = motion[group]["counts"]
+                for row, told in enumerate(motion):
+                    counts = told["counts"]
                     absent = [a for a in names if not counts[a]]
                     for action in [a for a in names if counts[a]] + [absent[int(rng.integers(len(absent)))]]:
                         rows.append(row)
@@ -335,17 +384,17 @@ def train_motion(model, tokenizer, scenes, data, minutes: float, rate: float = 1
                 shown[aspect].append((by_count.argmax(-1) == wanted[:, 1]).float().mean().item())
                 occurs = wanted[:, 1] > 0
                 by_action = logits[each, :, wanted[:, 1]]
-                same = torch.tensor([[motion[chosen[r]]["counts"][a] for a in names] for r in rows.tolist()])
+                same = torch.tensor([[motion[r]["counts"][a] for a in names] for r in rows.tolist()])
                 rivals = (same == wanted[:, 1:]) & (torch.arange(len(names)) != wanted[:, :1])
                 by_action = by_action.masked_fill(rivals, -1e4)
                 loss = loss + F.cross_entropy(by_action[occurs], wanted[occurs, 0])
                 continue
             if aspect == "order":
-                target = [-1 if motion[g]["order"] is None else motion[g]["order"] for g in chosen]
+                target = [-1 if told["order"] is None else told["order"] for told in motion]
             else:
-                target = [static[owners[g]][aspect] for g in chosen]
+                target = [static[owner][aspect] for owner in owners]
                 if aspect == "subject":
-                    target = [-1 if hidden[g] else t for g, t in zip(chosen, target, strict=True)]
+                    target = [-1 if unseen else t for unseen, t in zip(hidden, target, strict=True)]
             target = torch.tensor(target)
             loss = loss + _aspect_loss(pictures, bank, target, scale)
             keep = target >= 0
@@ -389,8 +438,11 @@ def token_ids(tokenizer, text: str) -> list[int]:
     return _IDS[text]
 
 
-def _story(rng, tokenizer, scene: Scene, style: str) -> list[list[int]]:
-    """A text about the scene as positions; each position is a bag of token ids (of one id in plain text)."""
+def _story(rng, tokenizer, scene: Scene, style: str, whole: float) -> list[list[int]]:
+    """A text about the scene as positions; each position is a bag of token ids (of one id in plain text).
+
+    A share `whole` of the stories tell all frames; the others only 16, in which some actions may be missed.
+    """
 
     def plain(text):
         return [[i] for i in token_ids(tokenizer, text)]
@@ -401,7 +453,7 @@ def _story(rng, tokenizer, scene: Scene, style: str) -> list[list[int]]:
     if style == "caption":
         parts = [_caption(rng, scene), narrate(rng, scene)]
         return [p for text in rng.permutation(parts) for p in plain(str(text))]
-    groups = list(views(scene).values())[-1 if rng.random() < 0.9 else 0]
+    groups = list(views(scene).values())[-1 if rng.random() < whole else 0]
     story = plain(_caption(rng, scene)) if style == "storyboard" else []
     items = SHAPES[scene.item_shape] if rng.random() < 0.8 else scene.item_shape
     static = [NUMBERS[scene.items - 1], scene.item_color, items, scene.place]
@@ -422,7 +474,7 @@ def _story(rng, tokenizer, scene: Scene, style: str) -> list[list[int]]:
     return story
 
 
-def lm_batches(tokenizer, seed: int, size: int, styles: dict[str, float]):
+def lm_batches(tokenizer, seed: int, size: int, styles: dict[str, float], whole: float = 0.9):
     """Endless batches of stories with their questions: see `_pack`."""
     rng, number = np.random.default_rng(seed), 0
     names, weights = list(styles), np.array(list(styles.values()))
@@ -435,7 +487,7 @@ def lm_batches(tokenizer, seed: int, size: int, styles: dict[str, float]):
         for start in range(0, len(order) - size + 1, size):
             batch = []
             for scene in (scenes[i] for i in order[start : start + size]):
-                story = _story(rng, tokenizer, scene, str(rng.choice(names, p=weights)))
+                story = _story(rng, tokenizer, scene, str(rng.choice(names, p=weights)), whole)
                 pairs = []
                 for row in asked[scene.name].itertuples():
                     answer = str(max(row.label, 1)) if row.task == "count" else row.answer
@@ -512,9 +564,8 @@ def lm_accuracy(logits: Tensor, packed: dict) -> dict[str, list[float]]:
 LM_STYLES = {"caption": 0.15, "storyboard": 0.3, "bags": 0.55}
 
 
-def train_language_model(tokenizer, minutes: float, rate: float = 2e-3, batch: int = 32, seed: int = PRETRAIN_SEED):
-    """A Llama that answers questions about written scenes."""
-    torch.manual_seed(seed)
+def new_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of 1.1 M parameters with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -529,12 +580,16 @@ def train_language_model(tokenizer, minutes: float, rate: float = 2e-3, batch: i
         pad_token_id=tokenizer.pad_token_id,
     )
     config._attn_implementation = "eager"  # on a CPU, several times as fast as SDPA with a mask of this kind
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def train_language_model(model, tokenizer, minutes: float, seed: int, rate: float = 2e-3, batch: int = 32) -> None:
+    """Language modelling of stories, and above all of the answers to questions about them."""
     optimizer = _optimizer(model.parameters(), rate)
     started, step, done, shown = time.process_time(), 0, 0.0, {}
     for packed in lm_batches(tokenizer, seed, batch, LM_STYLES):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = _rate(rate, step, done)
         with torch.autocast("cpu", torch.bfloat16):
             logits = lm_forward(model, packed)
         labels = packed["labels"][:, 1:]
@@ -556,7 +611,7 @@ def train_language_model(tokenizer, minutes: float, rate: float = 2e-3, batch: i
             accuracy = {k: round(float(np.mean(v[-100:])), 3) for k, v in sorted(shown.items())}
             print(f"text: {100 * done:3.0f} %, step {step}, loss {loss.item():.3f}, {accuracy}", flush=True)
         if done >= 1:
-            return model
+            return
 
 
 # Gates --------------------------------------------------------------------------------------------------------------
@@ -569,7 +624,7 @@ def gate_language_model(model, tokenizer, scenes: int = 300) -> dict[str, dict[s
     table = {}
     for style in LM_STYLES:
         found: dict[str, list[float]] = {}
-        batches = lm_batches(tokenizer, GATE_SEED, 50, {style: 1.0})
+        batches = lm_batches(tokenizer, GATE_SEED, 50, {style: 1.0}, whole=1.0)
         for _ in range(scenes // 50):
             packed = next(batches)
             for kind, right in lm_accuracy(lm_forward(model, packed), packed).items():
@@ -631,31 +686,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=("all", "encoder", "language_model"), default="all")
-    parser.add_argument("--gifs", type=int, default=5000, help="GIFs that the encoder learns from")
-    parser.add_argument("--frame-minutes", type=float, default=35, help="CPU minutes of each step")
-    parser.add_argument("--motion-minutes", type=float, default=12)
-    parser.add_argument("--text-minutes", type=float, default=35)
+    parser.add_argument("--go-on", action="store_true", help="train OUT's language model and MIT further")
+    parser.add_argument("--gifs", type=int, default=4000, help="GIFs that the encoder learns from")
+    parser.add_argument("--frame-minutes", type=float, default=28, help="CPU minutes of each step")
+    parser.add_argument("--motion-minutes", type=float, default=10)
+    parser.add_argument("--text-minutes", type=float, default=33)
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     gates = {}
     if args.part in ("all", "language_model"):
-        model = train_language_model(tokenizer, args.text_minutes)
+        if args.go_on:
+            model = LlamaForCausalLM.from_pretrained(
+                args.out / "llama", dtype=torch.float32, attn_implementation="eager"
+            )
+            train_language_model(model, tokenizer, args.text_minutes, seed=PRETRAIN_SEED + 500_000, rate=1e-3)
+        else:
+            model = new_language_model(tokenizer)
+            train_language_model(model, tokenizer, args.text_minutes, seed=PRETRAIN_SEED)
         save(model, tokenizer, args.out / "llama")
         gates["language model"] = gate_language_model(model, tokenizer)
         print(json.dumps(gates, indent=1))
     if args.part in ("all", "encoder"):
-        scenes, _ = make_world(PRETRAIN_SEED, args.gifs, "pretrain")
-        gifs = render(scenes)
-        model = XCLIPModel(xclip_config(len(tokenizer), tokenizer.eos_token_id))
-        print(f"X-CLIP: {sum(p.numel() for p in model.parameters()):,} parameters")
-        torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.3)
-        torch.nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.1)
-        torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.1)
-        torch.nn.init.normal_(model.mit.position_embedding, std=0.1)
-        train_frames(model, tokenizer, scenes, gifs, args.frame_minutes)
-        save(model, tokenizer, args.out / "xclip")
-        train_motion(model, tokenizer, scenes, group_features(model, scenes, gifs), args.motion_minutes)
+        if args.go_on:
+            model = XCLIPModel.from_pretrained(args.out / "xclip", dtype=torch.float32)
+        else:
+            model = new_xclip(tokenizer)
+            scenes, _ = make_world(PRETRAIN_SEED, args.gifs, "pretrain")
+            train_frames(model, tokenizer, scenes, render(scenes), args.frame_minutes)
+            save(model, tokenizer, args.out / "xclip")
+        # Other GIFs, so that the MIT meets frame embeddings as they are on GIFs that the frame tower has not learned.
+        scenes, _ = make_world(PRETRAIN_SEED + 1 + args.go_on, args.gifs, "motion")
+        train_motion(model, tokenizer, scenes, render(scenes), args.motion_minutes, PRETRAIN_SEED + 1 + args.go_on)
         save(model, tokenizer, args.out / "xclip")
         held_out, _ = make_world(GATE_SEED, 300, "gate")
         gates["encoder"] = gate_encoder(model, tokenizer, held_out, render(held_out))

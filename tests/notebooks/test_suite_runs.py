@@ -1,0 +1,91 @@
+"""The real notebooks, from GIF files to scores, through the command line, at small size."""
+
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+
+from helpers.scoring import HEADLINE
+from helpers.workspace import repo_root
+
+SMALL = ["-p", "training.epochs", "0.5", "-p", "evaluation.bootstrap", "50", "-p", "data.workers", "1"]
+STAGES = ["00_start_here", "01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
+
+
+def command(runs, *arguments):
+    """Runs the suite's command line in a process of its own; returns exit code and output."""
+    environment = os.environ | {"RUNS_ROOT": str(runs)}
+    line = [sys.executable, "-m", "helpers.suite", *map(str, arguments)]
+    done = subprocess.run(line, cwd=repo_root(), env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def manifest(runs, run, stage):
+    return json.loads((runs / run / stage / "stage.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A runs folder with one finished run of the built-in world."""
+    folder = tmp_path_factory.mktemp("runs")
+    code, output = command(folder, "--run", "small", "-p", "shapes.train", "40", "-p", "shapes.test", "20", *SMALL)
+    assert code == 0, output[-3000:]
+    return folder
+
+
+def test_scores_of_every_task_beside_every_baseline(runs):
+    metrics = manifest(runs, "small", "04_evaluation")["metrics"]
+    names = ["frameqa_accuracy", "action_accuracy", "transition_accuracy", "count_mse", "count_accuracy"]
+    assert set(names) <= set(HEADLINE)
+    assert {prefix + name for prefix in ("", "majority_", "blind_", "shuffled_") for name in names} <= set(metrics)
+    predictions = pd.read_parquet(runs / "small" / "04_evaluation" / "predictions.parquet")
+    columns = ["gif_sha256", "gif", "task", "question", "options", "answer", "prediction", "scores", "confidence"]
+    assert set(columns) <= set(predictions)
+    assert len(predictions) == 20 * 7
+    frameqa = predictions[predictions["task"] == "frameqa"]
+    assert metrics["frameqa_accuracy"] == pytest.approx((frameqa["prediction"] == frameqa["answer"]).mean())
+
+
+def test_executed_notebooks_end_with_a_picture_and_a_table_and_no_warning(runs):
+    for stage in STAGES:
+        book = nbformat.read(runs / "small" / stage / f"{stage}.ipynb", 4)
+        outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+        kinds = {kind for output in outputs for kind in output.get("data", {})}
+        assert {"image/png", "text/html"} <= kinds, stage
+        assert not [o for o in outputs if o.output_type == "error"]
+        told = "".join(o.text for o in outputs if o.output_type == "stream")
+        assert "Warning" not in told, f"{stage}: {told[-2000:]}"
+
+
+def test_a_second_run_does_nothing_again(runs):
+    before = {stage: (runs / "small" / stage / "stage.json").stat().st_mtime_ns for stage in STAGES[1:]}
+    code, output = command(runs, "--run", "small", "-p", "shapes.train", "40", "-p", "shapes.test", "20", *SMALL)
+    assert code == 0, output[-3000:]
+    assert before == {stage: (runs / "small" / stage / "stage.json").stat().st_mtime_ns for stage in STAGES[1:]}
+
+
+def test_a_bundle_scores_a_world_of_another_seed(runs, tmp_path):
+    world = tmp_path / "world"
+    code, output = command(runs, "make-shapes", "--seed", 5, "--train", 0, "--test", 10, "--out", world)
+    assert code == 0, output
+    bundle = runs / "small" / "03_adapter_training" / "bundle"
+    own = ["--gifs", world, "--qa", world / "qa.csv", "--bundle", bundle, "--run", "scored"]
+    code, output = command(runs, *own, *SMALL)
+    assert code == 0, output[-3000:]
+    metrics = manifest(runs, "scored", "04_evaluation")["metrics"]
+    assert {"frameqa_accuracy", "action_accuracy", "transition_accuracy", "count_mse"} <= set(metrics)
+    assert not (runs / "scored" / "03_adapter_training" / "checkpoints").exists()
+    assert len(pd.read_parquet(runs / "scored" / "04_evaluation" / "predictions.parquet")) == 10 * 7
+
+
+def test_real_gifs_run_through(runs, shared_data):
+    folder = shared_data / "gifs" / "natural"
+    code, output = command(runs, "--gifs", folder, "--qa", folder / "qa.csv", "--run", "natural", *SMALL)
+    assert code == 0, output[-3000:]
+    metrics = manifest(runs, "natural", "04_evaluation")["metrics"]
+    assert 0 <= metrics["frameqa_accuracy"] <= 1
+    assert (runs / "natural" / "report.html").is_file()
