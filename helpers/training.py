@@ -496,9 +496,9 @@ def _stop_signals() -> Iterator[list[int]]:
 class RunControl(TrainerCallback):
     """After each step: log, evaluate, and decide whether to save or to stop."""
 
-    def __init__(self, trainer: "AdapterTrainer", config: Any, deadline: float, signals: list[int], evaluate: Any):
+    def __init__(self, trainer: "AdapterTrainer", config: Any, ends: float, signals: list[int], evaluate: Any):
         self.trainer, self.training, self.signals, self.evaluate = trainer, config.training, signals, evaluate
-        self.ends = time.perf_counter() + deadline
+        self.ends = ends  # on the clock of time.perf_counter
         self.saved = self.last = time.perf_counter()
         self.longest_step = 0.0
         size = sum(p.numel() * p.element_size() for p in trainable(trainer.model).values())
@@ -689,7 +689,7 @@ def train(
     Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
     of other settings or data, TrainingError if the loss diverges.
     """
-    folder = Path(folder)
+    folder, ends = Path(folder), time.perf_counter() + deadline
     model.check_features(features.encoder_key)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for left in (folder / "checkpoints").glob("saving-*"):
@@ -705,7 +705,7 @@ def train(
 
     if path and info["step"] == len(plan):
         load_tensors(model, path)
-    elif deadline > 0:
+    elif time.perf_counter() < ends:
         pad = model.tokenizer.pad_token_id
         collator = Collator(features if model.video else None, pad if pad is not None else model.tokenizer.eos_token_id)
         trainer = AdapterTrainer(model, plan, dataset, collator, config, folder, identity)
@@ -714,7 +714,7 @@ def train(
         if eval_questions is not None:
             rows = QADataset(model, eval_questions, options_in_prompt=in_prompt)
             evaluate = _evaluator(trainer, rows, features, config)
-        _run(trainer, path, config, deadline, evaluate, progress, folder)
+        _run(trainer, path, config, ends, evaluate, progress, folder)
     elif path:
         load_tensors(model, path)
     return _result(plan, recorder, info["seconds"])
@@ -736,12 +736,12 @@ def _run(
     trainer: AdapterTrainer,
     path: Path | None,
     config: Any,
-    deadline: float,
+    ends: float,
     evaluate: Callable[[], float] | None,
     progress: bool,
     folder: Path,
 ) -> None:
-    """Train from checkpoint `path` (or the start) until the end, the deadline or a signal."""
+    """Train from checkpoint `path` (or the start) until its end, time `ends` or a signal."""
     from torch.utils.tensorboard import SummaryWriter  # imports slowly
 
     done = len(trainer.recorder.rows)
@@ -749,7 +749,7 @@ def _run(
     trainer.display = LossDisplay(len(trainer.plan), done) if progress else None
     try:
         with _stop_signals() as signals:
-            trainer.add_callback(RunControl(trainer, config, deadline, signals, evaluate))
+            trainer.add_callback(RunControl(trainer, config, ends, signals, evaluate))
             trainer.recorder.began = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(path) if path else None)
     finally:

@@ -150,6 +150,14 @@ def toy_questions(rows: int, gifs: int, seed: int = 0) -> pd.DataFrame:
     )
 
 
+HOUR = 3600.0  # seconds; with a disk as slow as `slow_disk` a run stops after one step to save in time
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    monkeypatch.setattr(training, "SLOW_DISK", 1e-3)
+
+
 @pytest.fixture
 def world():
     features = ToyFeatures(40)
@@ -419,12 +427,12 @@ def test_a_finished_run_is_loaded_not_repeated(tmp_path, world, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_deadline_ends_as_partial_and_the_next_call_goes_on(tmp_path, world):
+def test_deadline_ends_as_partial_and_the_next_call_goes_on(tmp_path, world, slow_disk):
     _, whole = run(tmp_path / "whole", world)
     result, calls = None, 0
     while result is None or result.status == "partial":
         before = result.steps if result else 0
-        _, result = run(tmp_path / "parts", world, deadline=1e-6 if calls < 3 else math.inf)
+        _, result = run(tmp_path / "parts", world, deadline=HOUR if calls < 3 else math.inf)
         calls += 1
         assert result.steps > before
     assert calls == 4 and result.epochs == 2.0
@@ -468,9 +476,9 @@ def test_a_signal_saves_after_the_step(tmp_path, world, monkeypatch, number, err
     assert newest(tmp_path).name == "step-00000006"
 
 
-def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path, world):
+def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path, world, slow_disk):
     questions, features, _ = world
-    run(tmp_path, world, deadline=1e-6)
+    run(tmp_path, world, deadline=HOUR)
     with pytest.raises(CheckpointError, match=r"training.epochs: 2.0 in the checkpoint, 3.0 now"):
         run(tmp_path, (questions, features, toy_config(epochs=3.0)))
     with pytest.raises(CheckpointError, match="questions"):

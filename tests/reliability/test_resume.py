@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +18,13 @@ from safetensors.torch import load_file
 REPO = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
+import os
+import random
+import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,7 +33,19 @@ from helpers.config import load_profile
 from helpers.models.gif_qa import GifQAModel
 from helpers.training import train
 
-xclip, llama, folder = sys.argv[1:]
+xclip, llama, folder, moment = sys.argv[1:]
+
+
+def die():
+    # a little after checkpoint `moment`: in a step, a save or an evaluation, wherever the process is then
+    while not any(int(p.name[5:]) >= int(moment) for p in Path(folder, "checkpoints").glob("step-*")):
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if int(moment):
+    threading.Thread(target=die, daemon=True).start()
 profile = load_profile("tiny", {
     "encoder.model": xclip, "language_model.model": llama, "data.image_size": 32,
     "language_model.quantisation": "nf4", "language_model.lora_dropout": 0.1,
@@ -76,8 +93,8 @@ def start(tmp_path, tiny_xclip_dir, tiny_llama_dir):
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = []
 
-    def launch(folder: Path) -> subprocess.Popen:
-        command = [sys.executable, str(script), str(tiny_xclip_dir), str(tiny_llama_dir), str(folder)]
+    def launch(folder: Path, kill_after: int = 0) -> subprocess.Popen:
+        command = [sys.executable, script, tiny_xclip_dir, tiny_llama_dir, folder, str(kill_after)]
         log = (tmp_path / f"{folder.name}-{len(started)}.log").open("w")
         started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path))
         return started[-1]
@@ -103,15 +120,9 @@ def steps(folder: Path) -> list[int]:
 
 def test_killed_and_resumed_equals_never_killed(start, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference, victim = start(whole), start(killed)
     moment = random.randint(2, 17)  # of 23 steps; 12 in the first epoch
-    limit = time.monotonic() + HANG
-    while not steps(killed) or steps(killed)[-1] < moment:
-        assert victim.poll() is None, f"training ended before step {moment}"
-        assert time.monotonic() < limit, "training makes no progress"
-        time.sleep(0.002)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    reference, victim = start(whole), start(killed, kill_after=moment)
+    assert victim.wait(timeout=HANG) == -signal.SIGKILL, f"not killed after step {moment}"
     reached = steps(killed)[-1]
     finish(reference, tmp_path)
     finish(start(killed), tmp_path)
