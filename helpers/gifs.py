@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict
 
@@ -154,11 +154,14 @@ def decode(
             raise GifRejected(f"{len(durations)} frame(s), at least {limits.min_frames} wanted")
         views, indices = _views(durations, groups, frames_per_group)
         try:
-            # One at a time: a stack of full-size frames costs more in fresh memory than the calls do.
+            # A handful is decoded, then resized: by turns each pushes the other out of the processor's caches, and a
+            # stack of full-size frames costs more in fresh memory than the calls that it saves.
             crop_and_resize = _geometry(min(layout.canvas), image_size)
+            source = _rgb_frames(data, indices, layout.canvas, limits, deadline)
             frames = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
-            for row, frame in enumerate(_rgb_frames(data, indices, layout.canvas, limits, deadline)):
-                frames[row] = crop_and_resize(image=frame)["image"]
+            for start in range(0, len(indices), 16):
+                for row, frame in enumerate(list(islice(source, 16)), start):
+                    frames[row] = crop_and_resize(image=frame)["image"]
             break
         except _BrokenFrame as error:
             if error.index == 0:
