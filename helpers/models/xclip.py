@@ -32,7 +32,10 @@ def load_xclip(model_id: str, revision: str | None = None) -> XCLIPModel:
 
     Raises: `helpers.workspace.ModelNotFound` when the weights are nowhere to be had.
     """
-    model = XCLIPModel.from_pretrained(find_model(model_id, revision), dtype=torch.float32)
+    # On a CPU plain attention is up to half as fast again as the fused one, at X-CLIP's short sequences.
+    attention = None if torch.cuda.is_available() else "eager"
+    folder = find_model(model_id, revision)
+    model = XCLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 
