@@ -13,10 +13,10 @@ import math
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,21 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from helpers.config import LanguageModelConfig, Profile
-from helpers.gifs import Limits, decode
+from helpers.gifs import Limits, decode, read_gif
 from helpers.models.connectors import build_connector
-from helpers.models.xclip import FrameEncoder, MaskedMIT, additive_mask, load_xclip, portable_name
+from helpers.models.xclip import (
+    FrameEncoder,
+    MaskedMIT,
+    additive_mask,
+    attention_implementation,
+    load_xclip,
+    portable_name,
+)
 from helpers.workspace import compute_dtype, find_model
 from helpers.workspace import device as default_device
+
+# peft asks transformers about checkpointing by a name that is on its way out; nobody here can mend that.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 BUNDLE_FORMAT = 1  # raise when an older bundle can no longer be read
 IGNORED = -100  # label of a token that is no part of the answer
@@ -657,6 +667,7 @@ def _empty_mit(encoder: dict[str, Any]) -> MaskedMIT:
     """An MIT of the encoder's shape without weights: a bundle brings its own."""
     with torch.device("meta"):
         config = XCLIPConfig(vision_config=encoder["vision_config"], projection_dim=encoder["projection_dim"])
+        config._attn_implementation = attention_implementation()
         return MaskedMIT(XCLIPModel(config)).to_empty(device="cpu")
 
 
@@ -728,24 +739,6 @@ class Answer:
     frame_times_ms: list[float] = field(default_factory=list)
 
 
-def gif_bytes(gif: str | Path | bytes | Image.Image) -> bytes:
-    """The bytes of a GIF given as path, bytes or PIL image (one read from a GIF file gives that file's own bytes)."""
-    if isinstance(gif, bytes | bytearray | memoryview):
-        return bytes(gif)
-    if not isinstance(gif, Image.Image):
-        return Path(gif).expanduser().read_bytes()
-    file = getattr(gif, "fp", None)
-    if gif.format == "GIF" and file is not None and not file.closed:
-        place = file.tell()
-        file.seek(0)
-        data = file.read()
-        file.seek(place)
-        return data
-    buffer = BytesIO()
-    gif.save(buffer, format="GIF", save_all=True)
-    return buffer.getvalue()
-
-
 class GifQA:
     """A trained bundle with its video encoder: ask a question about a GIF."""
 
@@ -779,12 +772,13 @@ class GifQA:
         """
         profile = self.model.profile
         names = ("max_canvas_pixels", "max_frames", "max_bytes", "decode_seconds")
+        limits = Limits(**{name: getattr(profile.data, name) for name in names})
         decoded = decode(
-            gif_bytes(gif),
+            read_gif(gif, limits.max_bytes),
             image_size=self.encoder.image_size,
             groups=[profile.evaluation.groups],
             frames_per_group=self.encoder.frames_per_group,
-            limits=Limits(**{name: getattr(profile.data, name) for name in names}),
+            limits=limits,
         )
         rows = decoded.views[-1]["rows"]
         size, device = self.encoder.frames_per_group, self.model.device
