@@ -375,9 +375,10 @@ def asked_gif(
     rows: rows of a predictions table, all about this GIF. frames: uint8 [T, H, W, 3]; times_ms: when each of them
     starts; the last one stays until `duration_ms`.
     """
-    side, width, margin = 300, 470, 14
+    side, width, margin = 256, 400, 10
+    zoom = Image.Resampling.NEAREST if frames.shape[1] < 128 else Image.Resampling.LANCZOS
     fonts = Path(get_data_path()) / "fonts" / "ttf"
-    plain, bold = (ImageFont.truetype(fonts / name, 14) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
+    plain, bold = (ImageFont.truetype(fonts / name, 13) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"))
     panel = Image.new("RGB", (width, side), "white")
     draw, top = ImageDraw.Draw(panel), margin
     step = (side - margin) / len(rows)
@@ -385,15 +386,15 @@ def asked_gif(
         truth = str(max(int(row.label), 1)) if row.task == "count" else row.answer
         right = str(row.prediction) == truth
         draw.text((margin, top), shorten(row.question, 54, placeholder=" ..."), "black", plain)
-        said = f"{row.prediction}   {100 * row.confidence:.0f} %" + ("" if right else f"   (it is {truth})")
-        draw.text((margin + 14, top + 19), shorten(said, 50, placeholder=" ..."), GREEN if right else RED, bold)
+        said = f"{row.prediction} ({100 * row.confidence:.0f} %)" + ("" if right else f", but it is {truth}")
+        draw.text((margin + 14, top + 17), shorten(said, 50, placeholder=" ..."), GREEN if right else RED, bold)
         top += step
     pictures = []
     for frame in frames:
         page = Image.new("RGB", (side + width, side), "white")
-        page.paste(Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS), (0, 0))
+        page.paste(Image.fromarray(frame).resize((side, side), zoom), (0, 0))
         page.paste(panel, (side, 0))
-        pictures.append(page)
+        pictures.append(page.quantize(64, dither=Image.Dither.NONE))
     durations = np.diff([*times_ms, max(duration_ms, times_ms[-1] + 20)]).clip(20).round(-1).astype(int).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

@@ -181,8 +181,7 @@ class BatchPlan(Sampler[list[tuple[int, int]]]):
         rows_of_epoch = np.arange(len(text_lengths))
         for epoch in range(math.ceil(epochs)):
             rng = np.random.default_rng([seed, epoch])
-            # A view in proportion to its size: a small one hides much of a long GIF, so its answers teach less.
-            drawn = rng.choice(len(self.groups), size=len(text_lengths), p=np.divide(self.groups, sum(self.groups)))
+            drawn = rng.integers(len(self.groups), size=len(text_lengths))
             video_now = table[drawn, rows_of_epoch]
             lengths = video_now + text_lengths
             batches = bucket(lengths, tokens_per_step, rng)
