@@ -326,16 +326,28 @@ def _write_sorted(source: lance.LanceDataset, order: np.ndarray, schema: pa.Sche
 
 
 def _with_bytes(sources: list[tuple[str, str]], data: "DataConfig") -> Iterator[tuple[str, str | bytes, str | None]]:
-    """Yield (name, path or bytes, reason it failed) in the order given; URLs are fetched a few ahead."""
+    """Yield (name, path or bytes, reason it failed) in the order given; URLs are fetched a few ahead.
+
+    What failed for a reason that may pass is tried once more at the end, and given up only then.
+    """
     urls = [(name, source) for name, source in sources if _is_url(source)]
     fetched = fetch_all(urls, max_bytes=data.max_bytes)
+    late: list[tuple[str, str]] = []
     for name, source in sources:
         if not _is_url(source):
             yield name, source, None
             continue
         _, result = next(fetched)
-        failed = isinstance(result, FetchError)
-        yield name, b"" if failed else result, str(result) if failed else None
+        if isinstance(result, FetchError) and result.transient:
+            late.append((name, source))
+        else:
+            yield _fetched(name, result)
+    for name, result in fetch_all(late, max_bytes=data.max_bytes, give_up_after=len(late) + 1):
+        yield _fetched(name, result)
+
+
+def _fetched(name: str, result: bytes | FetchError) -> tuple[str, bytes, str | None]:
+    return (name, b"", str(result)) if isinstance(result, FetchError) else (name, result, None)
 
 
 def _decode_source(gif: str, source: str | bytes, failure: str | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import nn
 from helpers import store
 from helpers.config import DataConfig
 from helpers.corpora import Corpus, question_row, question_table, reject_table
+from helpers.fetch import FetchError
 from helpers.gifs import decode
 from helpers.models.xclip import FrameEncoder, load_xclip
 from helpers.store import FeatureTable, FrameTable, StoreError, cache_features, read_questions, shard_gifs
@@ -307,6 +308,26 @@ def test_urls_are_fetched_and_dead_links_and_stills_rejected(tmp_path, corpus):
     reasons = {row.gif: row.reason for row in made.sources.itertuples() if row.reason}
     assert set(reasons) == {"f.gif", "g.gif"} and "404" in reasons["g.gif"] and "at least 2" in reasons["f.gif"]
     assert made.gifs == 5
+
+
+def test_what_the_network_denied_is_tried_again_at_the_end(tmp_path, corpus, monkeypatch):
+    asked = []
+
+    def fetch_all(urls, **_):
+        for name, url in urls:
+            asked.append(name)
+            gone, busy = name == "g.gif", name in ("b.gif", "c.gif")
+            if gone or (busy and (name == "c.gif" or asked.count(name) == 1)):
+                yield name, FetchError("HTTP status 404" if gone else "HTTP status 503", transient=busy)
+            else:
+                yield name, Path(corpus.gifs[name]).read_bytes()
+
+    monkeypatch.setattr("helpers.store.fetch_all", fetch_all)
+    gifs = {name: f"http://host/{name}" for name in corpus.gifs}
+    made = shard_gifs(Corpus("web", corpus.questions, gifs, corpus.rejects), tmp_path / "01", data_config())
+    reasons = {row.gif: row.reason for row in made.sources.itertuples() if row.reason}
+    assert reasons["g.gif"] == "HTTP status 404" and reasons["c.gif"] == "HTTP status 503" and "b.gif" not in reasons
+    assert asked.count("g.gif") == 1 and asked.count("b.gif") == asked.count("c.gif") == 2
 
 
 # ------------------------------------------------------------------------------------------------ features
