@@ -314,7 +314,7 @@ def test_what_the_network_denied_is_tried_again_at_the_end(tmp_path, corpus, mon
     asked = []
 
     def fetch_all(urls, **_):
-        for name, url in urls:
+        for name, _ in urls:
             asked.append(name)
             gone, busy = name == "g.gif", name in ("b.gif", "c.gif")
             if gone or (busy and (name == "c.gif" or asked.count(name) == 1)):

@@ -83,10 +83,10 @@ WIDE_COUNTS = (
 )
 SHORT_COUNTS = ((1, 2), (1, 3), (2, 3), (1, 4), (2, 4))
 # Corners of the central square, which the subject never enters (fractions of the square's side).
-ITEM_SLOTS = [(x, y) for x, y in ((0.08, 0.08), (0.235, 0.08), (0.08, 0.235))]
+ITEM_SLOTS = [(x, y) for x, y in ((0.09, 0.09), (0.265, 0.09), (0.09, 0.265))]
 ITEM_SLOTS += [(1 - x, y) for x, y in ITEM_SLOTS[:3]] + [(x, 1 - y) for x, y in ITEM_SLOTS[:3]]
 ITEM_SLOTS += [(1 - x, 1 - y) for x, y in ITEM_SLOTS[:3]]
-ITEM_RADIUS, SUBJECT_RADIUS, SHIFT = 0.075, 0.17, 0.22
+ITEM_RADIUS, SUBJECT_RADIUS, SHIFT = 0.085, 0.17, 0.22
 
 TASK_FILES = {
     "count": "count",
