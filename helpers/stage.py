@@ -158,8 +158,10 @@ def stage_settings(
     """Return everything that decides whether a finished stage can stand: compared key by key, and hashed as its key."""
     sections = {}
     for name in spec.sections:
-        if name != "shapes" or profile.data.corpus == "shapes":
-            sections[name] = getattr(profile, name).model_dump(exclude=SPEED_ONLY.get(name))
+        section, _, key = name.partition(".")
+        if section != "shapes" or profile.data.corpus == "shapes":
+            values = getattr(profile, section).model_dump(exclude=SPEED_ONLY.get(section))
+            sections[name] = values[key] if key else values
     inputs = {}
     for name in spec.inputs:
         manifest = read_manifest(find_stage(run_folder, name))

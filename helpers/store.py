@@ -10,6 +10,7 @@ Lance is not fork-safe: GIFs are decoded in spawned processes, which never open 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ from tqdm.auto import tqdm
 from helpers.corpora import Corpus, reject_table
 from helpers.fetch import FetchError, fetch_all
 from helpers.gifs import GifRejected, Limits, decode, decode_frames, encode_frames, read_gif
-from helpers.workspace import require_disk
+from helpers.workspace import DeadlineReached, require_disk
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +97,12 @@ class Cached:
 # ---------------------------------------------------------------------------------------------- frame shards
 
 
-def shard_gifs(corpus: Corpus, folder: Path | str, data: "DataConfig", frames_per_group: int = 16) -> Sharded:
+def shard_gifs(
+    corpus: Corpus, folder: Path | str, data: "DataConfig", frames_per_group: int = 16, deadline: float = math.inf
+) -> Sharded:
     """Decode the GIFs that a corpus asks about into numbered frame shards; goes on where a killed run stopped.
+
+    deadline: seconds from now after which no more GIFs are decoded.
 
     Shard k holds the k-th `data.shard_size` of the GIF names in alphabetical order. Files of equal bytes are stored
     once, under the first of their names. Sources that are URLs are fetched and their bytes dropped once decoded.
@@ -108,8 +113,9 @@ def shard_gifs(corpus: Corpus, folder: Path | str, data: "DataConfig", frames_pe
     Raises:
         StoreError: the folder holds shards of other settings or GIFs, or no question is left.
         workspace.DiskFull: the estimated size exceeds the free space.
+        workspace.DeadlineReached: the time was up before the last shard was done; what is decoded is kept.
     """
-    folder = Path(folder)
+    folder, ends = Path(folder), time.monotonic() + deadline
     names = sorted(set(corpus.questions.gif) & set(corpus.gifs))
     if not names:
         raise StoreError(f"The corpus {corpus.name} names no GIF that was found: nothing to shard. See its rejects.")
@@ -128,7 +134,7 @@ def shard_gifs(corpus: Corpus, folder: Path | str, data: "DataConfig", frames_pe
         for k, shard in enumerate(shards):
             if k in todo:
                 sources = {name: corpus.gifs[name] for name in shard}
-                _fill_journal(_journal_path(folder, k), sources, data, decoders, known, progress)
+                _fill_journal(_journal_path(folder, k), sources, data, decoders, known, progress, ends)
                 _finish_shard(folder, k)
                 _require_measured_space(folder, shards, k)
             else:
@@ -265,7 +271,13 @@ def _journal_size(folder: Path, k: int) -> int:
 
 
 def _fill_journal(
-    path: Path, sources: dict[str, str], data: "DataConfig", decoders: "_Decoders", known: set[str], progress: tqdm
+    path: Path,
+    sources: dict[str, str],
+    data: "DataConfig",
+    decoders: "_Decoders",
+    known: set[str],
+    progress: tqdm,
+    ends: float,
 ) -> None:
     """Decode what a shard's journal lacks, in the order of names, so that the first of equal files is stored."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,6 +305,10 @@ def _fill_journal(
         if len(rows) >= BATCH_GIFS or time.monotonic() - committed > BATCH_SECONDS:
             commit()
             rows, committed = [], time.monotonic()
+        if time.monotonic() > ends:
+            if rows:
+                commit()
+            raise DeadlineReached(f"time is up: {progress.n:,} of {progress.total:,} GIFs are decoded and kept")
     if rows:
         commit()
 
@@ -576,7 +592,12 @@ def feature_schema(dim: int, frames_key: str) -> pa.Schema:
 
 
 def cache_features(
-    frames_folder: Path | str, out: Path | str, encoder: "torch.nn.Module", data: "DataConfig", batch_groups: int
+    frames_folder: Path | str,
+    out: Path | str,
+    encoder: "torch.nn.Module",
+    data: "DataConfig",
+    batch_groups: int,
+    deadline: float = math.inf,
 ) -> Cached:
     """Encode every view of every distinct GIF once, and keep the frame embeddings in the table `out`.
 
@@ -587,11 +608,13 @@ def cache_features(
     encoder: .key, .embed_dim, .frames_per_group, .image_size and
         forward(uint8 [B, F, H, W, 3], lengths [B]) -> [B, F, D], on the device and in the dtype to compute with.
     data: `workers` threads decompress frames ahead of the encoder.
+    deadline: seconds from now after which no more batches are encoded.
 
     Raises:
         StoreError: the encoder does not fit the frames, an embedding is not finite, or `out` holds rows of another
             encoder or of other frames.
         workspace.DiskFull: the table does not fit.
+        workspace.DeadlineReached: the time was up before the last GIF was encoded; what is encoded is kept.
     """
     started = time.monotonic()
     table, out = FrameTable(frames_folder), Path(out)
@@ -607,7 +630,7 @@ def cache_features(
         require_disk(out.parent, round(gigabytes, 3), f"Caching the features of {len(table):,} GIFs")
         if out.exists():
             os.replace(out, work)
-        _encode_missing(table, plan, missing, encoder, work, schema, data.workers)
+        _encode_missing(table, plan, missing, encoder, work, schema, data.workers, started + deadline)
         done = _open(work)
         order = np.argsort(np.array(done.to_table(columns=["gif_sha256"])["gif_sha256"].to_pylist(), dtype=object))
         _write_sorted(done, order, schema, out)
@@ -681,6 +704,7 @@ def _encode_missing(
     path: Path,
     schema: pa.Schema,
     workers: int,
+    ends: float,
 ) -> None:
     """Encode the batches that hold a missing GIF and upsert its rows, `BATCH_GIFS` to a commit."""
     batches = plan.batches_of(missing)
@@ -703,6 +727,9 @@ def _encode_missing(
             if len(finished) >= BATCH_GIFS or time.monotonic() - committed > BATCH_SECONDS:
                 upsert_features(path, finished, schema)
                 finished, committed = [], time.monotonic()
+            if time.monotonic() > ends and progress.n < progress.total:
+                upsert_features(path, finished, schema)
+                raise DeadlineReached(f"time is up: {progress.n:,} of {progress.total:,} groups are encoded and kept")
         upsert_features(path, finished, schema)
 
 

@@ -40,7 +40,7 @@ from helpers.stage import (
     stage_settings,
     suite_file,
 )
-from helpers.workspace import DiskFull, repo_root, require_disk, runs_root
+from helpers.workspace import DeadlineReached, DiskFull, repo_root, require_disk, runs_root
 
 DONE, FAILED, REFUSED, PAUSED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """exit codes:
@@ -67,6 +67,10 @@ examples:
 
 class Failed(RuntimeError):
     """A notebook that did not finish its stage."""
+
+
+class Paused(RuntimeError):
+    """A notebook that stopped at the deadline; what it has done is kept."""
 
 
 @dataclass(frozen=True)
@@ -382,7 +386,7 @@ def _first_line(source: str) -> str:
 
 
 def execute(plan: Plan, spec: StageSpec) -> None:
-    """Run one notebook in a fresh kernel and save it, executed, in the stage's folder; raises Failed."""
+    """Run one notebook in a fresh kernel and save it, executed, in the stage's folder; raises Failed or Paused."""
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
@@ -405,6 +409,8 @@ def execute(plan: Plan, spec: StageSpec) -> None:
             start_timeout=300,
         )
     except PapermillExecutionError as error:
+        if error.ename == DeadlineReached.__name__:
+            raise Paused(error.evalue) from error
         at = f"cell [{error.exec_count}]: {_first_line(error.source)}"
         trace = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in error.traceback).splitlines()
         shown = "\n".join(trace if len(trace) <= 40 else ["...", *trace[-40:]])
@@ -493,6 +499,9 @@ def run_stage(plan: Plan, spec: StageSpec, place: str) -> int:
     try:
         execute(plan, spec)
         status = _check_manifest(plan, spec, before)["status"]
+    except Paused as pause:
+        print(f"  {spec.name}: {pause}", flush=True)
+        return PAUSED
     except Failed as error:
         kept = f"\nThe earlier result is kept in {previous}" if previous and not spec.always else ""
         raise Failed(f"{error}{kept}") from error

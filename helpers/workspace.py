@@ -31,6 +31,10 @@ class DiskFull(OSError):
     """A folder without the room that the next step needs."""
 
 
+class DeadlineReached(RuntimeError):
+    """Work that stopped because its time was up; the message tells what is kept. The same call goes on from there."""
+
+
 def platform() -> str:
     """Tell the platform: 'kaggle', 'colab' or 'local'.
 

@@ -23,8 +23,8 @@ repository: null
 stages:
   - {name: one, title: One, about: a, needs: b, makes: c, sections: [data, shapes], contract: 1,
      minutes: {tiny: 1}, gigabytes: {tiny: 0.01}}
-  - {name: two, title: Two, about: a, needs: b, makes: c, inputs: [one], sections: [encoder, training], contract: 1,
-     minutes: {tiny: 1}, gigabytes: {tiny: 0.01}}
+  - {name: two, title: Two, about: a, needs: b, makes: c, inputs: [one],
+     sections: [encoder, training, evaluation.options_in_prompt], contract: 1, minutes: {tiny: 1}, gigabytes: {tiny: 0.01}}
 """
 
 
@@ -120,9 +120,15 @@ def test_only_what_decides_the_result_is_compared():
         return stage_settings(spec, load_profile("tiny", overrides), {}, folder)
 
     plain = settings({})
-    for key, value in [("training.log_steps", 1), ("encoder.batch_groups", 1), ("data.workers", 1), ("shapes.seed", 9)]:
+    for key, value in [
+        ("training.log_steps", 1),
+        ("encoder.batch_groups", 1),
+        ("data.workers", 1),
+        ("evaluation.seed", 9),
+    ]:
         assert settings({key: value}) == plain
-    for key, value in [("training.epochs", 9), ("encoder.revision", "x"), ("training.seed", 9)]:
+    changed = {"training.epochs": 9, "encoder.revision": "x", "evaluation.options_in_prompt": True}
+    for key, value in changed.items():
         assert settings({key: value}) != plain
 
 

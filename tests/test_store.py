@@ -26,7 +26,7 @@ from helpers.fetch import FetchError
 from helpers.gifs import decode
 from helpers.models.xclip import FrameEncoder, load_xclip
 from helpers.store import FeatureTable, FrameTable, StoreError, cache_features, read_questions, shard_gifs
-from helpers.workspace import DiskFull
+from helpers.workspace import DeadlineReached, DiskFull
 
 SIZE = 32
 
@@ -266,6 +266,17 @@ def test_shards_of_other_settings_are_refused(tmp_path, corpus, changes, named):
     assert same(before, all_rows(tmp_path / "01"))
 
 
+def test_a_deadline_keeps_what_is_decoded_and_the_next_call_goes_on(tmp_path, corpus):
+    shard_gifs(corpus, tmp_path / "whole", data_config())
+    with pytest.raises(DeadlineReached, match="1 of 7 GIFs"):
+        shard_gifs(corpus, tmp_path / "parts", data_config(), deadline=0)
+    with pytest.raises(DeadlineReached, match="2 of 7 GIFs"):
+        shard_gifs(corpus, tmp_path / "parts", data_config(), deadline=0)
+    assert not (tmp_path / "parts" / "questions.parquet").exists()
+    shard_gifs(corpus, tmp_path / "parts", data_config())
+    assert same(all_rows(tmp_path / "whole"), all_rows(tmp_path / "parts"))
+
+
 def test_a_full_disk_is_said_before_anything_is_decoded(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr("helpers.workspace.free_gigabytes", lambda _: 1e-6)
     monkeypatch.setattr(store, "_decode_source", lambda *_: pytest.fail("decoded"))
@@ -366,6 +377,16 @@ def test_features_equal_a_plain_loop_at_every_view(tmp_path, frames_folder, file
             frames, lengths = table.fetch([sha], groups)
             assert frames.dtype == np.float16 and lengths.tolist() == [len(expected)]
             np.testing.assert_allclose(frames[0], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_a_deadline_keeps_what_is_encoded_and_the_next_call_goes_on(tmp_path, frames_folder):
+    whole = cache_features(frames_folder, tmp_path / "whole.lance", Encoder(), data_config(), batch_groups=7)
+    with pytest.raises(DeadlineReached, match=f"7 of {whole.groups} groups"):
+        cache_features(frames_folder, tmp_path / "parts.lance", Encoder(), data_config(), batch_groups=7, deadline=0)
+    assert not (tmp_path / "parts.lance").exists()
+    assert 0 < len(table_rows(tmp_path / "parts.lance.unfinished")) < whole.gifs
+    cache_features(frames_folder, tmp_path / "parts.lance", Encoder(), data_config(), batch_groups=7)
+    assert table_rows(tmp_path / "whole.lance") == table_rows(tmp_path / "parts.lance")
 
 
 def test_feature_rows_keep_only_distinct_views_and_their_times(tmp_path, frames_folder, files):

@@ -18,7 +18,7 @@ from helpers import stage as stages
 from helpers import suite as runner
 from helpers.config import ConfigError, load_profile
 from helpers.report import score_table, write_report
-from helpers.suite import PAUSED, REFUSED, Failed, main, parse_deadline
+from helpers.suite import PAUSED, REFUSED, Failed, Paused, main, parse_deadline
 from helpers.workspace import repo_root
 
 NAMES = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
@@ -42,6 +42,8 @@ class World:
         action = self.act.get(spec.name, "complete")
         if action == "fail":
             raise Failed(f"{spec.name}, cell [3]: boom")
+        if action == "deadline":
+            raise Paused("time is up: 3 of 7 GIFs are decoded and kept")
         stage = stages.Stage(spec.name, plan.profile_name, plan.run, plan.overrides, plan.parameters[spec.name])
         (stage.folder / "made.txt").write_text(action)
         stage.finish({"frameqa_accuracy": 0.9, "blind_frameqa_accuracy": 0.3}, ["made.txt"], status=action)
@@ -148,6 +150,15 @@ def test_pause_says_how_to_go_on_and_goes_on(world, capsys):
     assert world.run("--only", "04", "-p", "training.epochs", "3") == PAUSED and world.ran == []
     world.act.clear()
     assert world.run("-p", "training.epochs", "3") == 0 and world.ran == NAMES[2:]
+
+
+def test_a_stage_that_met_its_deadline_pauses_the_run(world, capsys):
+    world.act["02_feature_caching"] = "deadline"
+    assert world.run() == PAUSED and world.ran == NAMES[:2]
+    out = capsys.readouterr().out
+    assert "02_feature_caching: time is up: 3 of 7 GIFs are decoded and kept" in out and "To go on: ./run_all.sh" in out
+    world.act.clear()
+    assert world.run() == 0 and world.ran == NAMES[1:]
 
 
 def test_failure_stops_the_run_and_is_told(world, capsys):
