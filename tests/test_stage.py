@@ -24,7 +24,8 @@ stages:
   - {name: one, title: One, about: a, needs: b, makes: c, sections: [data, shapes], contract: 1,
      minutes: {tiny: 1}, gigabytes: {tiny: 0.01}}
   - {name: two, title: Two, about: a, needs: b, makes: c, inputs: [one],
-     sections: [encoder, training, evaluation.options_in_prompt], contract: 1, minutes: {tiny: 1}, gigabytes: {tiny: 0.01}}
+     sections: [encoder, training, evaluation.options_in_prompt], contract: 1,
+     minutes: {tiny: 1}, gigabytes: {tiny: 0.01}}
 """
 
 
@@ -124,6 +125,7 @@ def test_only_what_decides_the_result_is_compared():
         ("training.log_steps", 1),
         ("encoder.batch_groups", 1),
         ("data.workers", 1),
+        ("shapes.seed", 9),
         ("evaluation.seed", 9),
     ]:
         assert settings({key: value}) == plain
