@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, XCLIPConfig, XCLIPModel
 
-from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, _pick, make_world, write_gif
+from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, pick, make_world, write_gif
 from helpers.gifs import Limits, decode, sample_indices
 
 PRETRAIN_SEED, GATE_SEED = 770_001, 990_001  # texts use the seeds that follow as well
@@ -390,7 +390,7 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
         motion, hidden, steps = [], [], torch.full((batch, FRAMES), -1)
         for row, owner in enumerate(owners):
             states = scenes[owner].states
-            cut = _recut(rng, states) if rng.random() < 0.7 else _pick(rng, cuts[owner])
+            cut = _recut(rng, states) if rng.random() < 0.7 else pick(rng, cuts[owner])
             x[row, : len(cut)], masks[row, : len(cut)] = features[owner][cut].float(), True
             motion.append(_motion_targets([states[t] for t in cut]))
             steps[row, : len(cut)] = torch.tensor(_step_targets([states[t] for t in cut]))
