@@ -382,6 +382,8 @@ def _decode_source(gif: str, source: str | bytes, failure: str | None, settings:
         )
     except GifRejected as error:
         return {"gif": gif, "reason": error.reason}
+    except OSError as error:  # a fault of the disk or of a mounted drive
+        return {"gif": gif, "reason": f"cannot read it: {error}"}
     quality = {"quality": settings["jpeg_quality"]} if settings["jpeg_quality"] else {}
     return {
         "gif": gif,

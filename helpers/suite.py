@@ -46,8 +46,8 @@ DONE, FAILED, REFUSED, PAUSED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """exit codes:
   0    done: every stage asked for is complete
   1    a notebook failed; its name, cell and error are printed. A kernel that died (often: out of memory) counts too
-  2    refused before a kernel started: bad usage, parameter or profile; another run at work on the same run folder;
-       a stage finished with other settings; an upstream stage missing; too little disk
+  2    refused before the stage's kernel started: bad usage, parameter or profile; another run at work on the same
+       run folder; a stage finished with other settings; an upstream stage missing; too little disk
   75   paused: a deadline passed or an upstream stage is only partly done; the command that goes on is printed
   130  interrupted by Ctrl-C; the same command goes on"""
 COMMANDS = """commands (each has its own --help):
@@ -216,8 +216,7 @@ def _user_inputs(args: argparse.Namespace) -> tuple[dict[str, dict[str, str]], d
     if bool(args.gifs) != bool(args.qa):
         raise ConfigError("--gifs and --qa belong together: --gifs FOLDER --qa FILE.csv")
     if args.gifs:
-        remote = "://" in args.gifs
-        data = {"gifs": args.gifs if remote else _existing(args.gifs, "--gifs"), "qa": _existing(args.qa, "--qa")}
+        data = {"gifs": _existing(args.gifs, "--gifs"), "qa": _existing(args.qa, "--qa")}
         if Path(data["qa"]).is_file():  # a folder of question files belongs to the profile's own corpus
             overrides["data.corpus"] = "own_gifs"
         if args.bundle and args.holdout is None:
@@ -229,7 +228,7 @@ def _user_inputs(args: argparse.Namespace) -> tuple[dict[str, dict[str, str]], d
         bundle = _existing(args.bundle, "--bundle")
         if not (Path(bundle) / "bundle.json").is_file():
             raise ConfigError(f"--bundle {args.bundle} holds no bundle.json; give the folder that notebook 03 made")
-        parameters["03_adapter_training"] = parameters["04_evaluation"] = {"bundle": bundle}
+        parameters["03_adapter_training"] = {"bundle": bundle}
     return parameters, overrides
 
 
@@ -438,11 +437,18 @@ def _check_manifest(plan: Plan, spec: StageSpec, before: int | None) -> dict[str
 
 
 def _set_aside(folder: Path) -> Path:
-    """Move a stage's folder aside, so that a forced run that fails has lost nothing."""
+    """Move a stage's folder aside, so that a forced run that fails has lost nothing.
+
+    What was set aside before makes way for a finished stage only, not for what a failed run left.
+    """
     previous = folder.with_name(f"{folder.name}.previous")
     hold_lock(folder / ".lock", f"{folder.name} of run {folder.parent.name!r}")
     release_lock(folder / ".lock")
     if previous.exists():
+        manifest = read_manifest(folder)
+        if not manifest or manifest["status"] != "complete":
+            shutil.rmtree(folder)
+            return previous
         shutil.rmtree(previous)
     folder.rename(previous)
     return previous
@@ -601,14 +607,16 @@ def make_shapes(arguments: Sequence[str]) -> int:
     """Write a fresh built-in world in the own-GIFs format (GIF files and qa.csv)."""
     parser = argparse.ArgumentParser(prog="run_all.sh make-shapes", description=make_shapes.__doc__)
     parser.add_argument("--seed", type=int, default=1, help="another seed, another world (default: 1)")
-    parser.add_argument("--train", type=int, default=2000, help="training GIFs (default: 2000)")
-    parser.add_argument("--test", type=int, default=400, help="test GIFs (default: 400)")
+    parser.add_argument("--train", type=int, default=2000, help="training GIFs, an even number (default: 2000)")
+    parser.add_argument("--test", type=int, default=400, help="test GIFs, an even number (default: 400)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must be new or empty")
     args = parser.parse_args(arguments)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"--out {args.out} is not an empty folder")
     if args.seed < 0 or args.train < 0 or args.test < 0 or args.train + args.test == 0:
         parser.error("--seed, --train and --test must not be negative, and there must be at least one GIF")
+    if args.train % 2 or args.test % 2:
+        parser.error("--train and --test must be even: GIFs come in pairs that answer the same questions differently")
     write_own_gifs = importlib.import_module("helpers.corpora.shapes").write_own_gifs
     write_own_gifs(args.out, seed=args.seed, train=args.train, test=args.test)
     print(f"Wrote {args.train + args.test} GIFs and their questions to {args.out}")

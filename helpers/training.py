@@ -44,6 +44,7 @@ IGNORED = -100  # label of a token without loss, the convention of torch's cross
 PARTS = {"mit": "learning_rate_mit", "connector": "learning_rate_connector", "language_model": "learning_rate_lora"}
 TENSORS, HISTORY, META, STATE = "trainable.safetensors", "history.parquet", "checkpoint.json", "trainer_state.json"
 KEPT_CHECKPOINTS = 2
+PACING = {"checkpoint_minutes", "log_steps", "gradient_checkpointing"}  # settings that do not change the result
 SAVE_MARGIN = 3  # saves that must still fit before the deadline: disks on free machines slow down without warning
 SLOW_DISK = 50e6  # bytes a second, assumed until a save has been timed
 
@@ -282,7 +283,7 @@ def fingerprint(model: nn.Module, dataset: QADataset, features: Any, config: Any
         "video": bool(model.video),
         "language_model": config.language_model.model_dump(mode="json"),
         "connector": config.connector.model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json", exclude={"checkpoint_minutes", "log_steps"}),
+        "training": config.training.model_dump(mode="json", exclude=PACING),
         "parameters": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
         "questions": dataset.digest(),
     }
@@ -708,6 +709,8 @@ def train(
     elif time.perf_counter() < ends:
         pad = model.tokenizer.pad_token_id
         collator = Collator(features if model.video else None, pad if pad is not None else model.tokenizer.eos_token_id)
+        if config.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         trainer = AdapterTrainer(model, plan, dataset, collator, config, folder, identity)
         trainer.recorder = recorder
         evaluate = None
@@ -758,6 +761,7 @@ def _run(
             trainer.display.close()
         # Takes the autocast wrapper off again, so that the model is left as it came.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trainer.remove_callback(RunControl)  # it refers back to the trainer, and so would keep the model in memory
     if signal.SIGINT in signals:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; saved, so running again goes on")
 

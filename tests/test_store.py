@@ -277,6 +277,19 @@ def test_a_deadline_keeps_what_is_decoded_and_the_next_call_goes_on(tmp_path, co
     assert same(all_rows(tmp_path / "whole"), all_rows(tmp_path / "parts"))
 
 
+def test_a_file_that_the_disk_cannot_read_is_rejected_and_the_others_go_on(tmp_path, corpus, monkeypatch):
+    real = store.read_gif
+
+    def read_gif(source, max_bytes):
+        if str(source).endswith("d.gif"):
+            raise OSError(5, "Input/output error")
+        return real(source, max_bytes)
+
+    monkeypatch.setattr(store, "read_gif", read_gif)
+    made = shard_gifs(corpus, tmp_path / "01", data_config())
+    assert made.gifs == 6 and "Input/output error" in made.sources.set_index("gif").reason["d.gif"]
+
+
 def test_a_full_disk_is_said_before_anything_is_decoded(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr("helpers.workspace.free_gigabytes", lambda _: 1e-6)
     monkeypatch.setattr(store, "_decode_source", lambda *_: pytest.fail("decoded"))

@@ -26,7 +26,7 @@ PARAMETERS = {
     "01_data_sharding": "gifs = ''  # g\nqa = ''  # q\nholdout = 0.2  # h\n",
     "02_feature_caching": "",
     "03_adapter_training": "note = ''  # n\nbundle = ''  # b\n",
-    "04_evaluation": "bundle = ''  # b\n",
+    "04_evaluation": "",
 }
 
 
@@ -138,6 +138,8 @@ def test_forced_run_that_fails_has_lost_nothing(world, capsys):
     assert world.run("--force", "--only", "03") == 1
     kept = world.runs / "tiny" / "03_adapter_training.previous"
     assert str(kept) in capsys.readouterr().err and (kept / "made.txt").read_text() == "complete"
+    (world.runs / "tiny" / "03_adapter_training").mkdir()  # what the failed run left
+    assert world.run("--force", "--only", "03") == 1 and (kept / "made.txt").read_text() == "complete"
     del world.act["03_adapter_training"]
     assert world.run("--only", "03") == 0 and not kept.exists()
 
@@ -220,9 +222,11 @@ def test_own_gifs_reach_notebook_01_under_a_run_of_their_own(world):
 def test_folder_of_question_files_keeps_the_profiles_corpus(world):
     (world.folder / "tgif").mkdir()
     folder = str(world.folder / "tgif")
-    plan = plan_of("--profile", "kaggle", "--gifs", "https://host/list.tsv", "--qa", folder)
+    (world.folder / "list.tsv").write_text("https://host/a.gif\ta cat\n")
+    gifs = str(world.folder / "list.tsv")
+    plan = plan_of("--profile", "kaggle", "--gifs", gifs, "--qa", folder)
     assert plan.profile.data.corpus == "tgif_qa"
-    assert plan.parameters["01_data_sharding"] == {"gifs": "https://host/list.tsv", "qa": folder, "holdout": 0.2}
+    assert plan.parameters["01_data_sharding"] == {"gifs": gifs, "qa": folder, "holdout": 0.2}
 
 
 def test_given_bundle_is_scored_and_nothing_is_trained(world):
@@ -231,7 +235,7 @@ def test_given_bundle_is_scored_and_nothing_is_trained(world):
     (bundle / "bundle.json").write_text("{}")
     argv = [*own_gifs(world.folder), "--bundle", str(bundle)]
     plan = plan_of(*argv)
-    assert plan.run == "tiny-my-gifs-scored" and plan.parameters["04_evaluation"] == {"bundle": str(bundle)}
+    assert plan.run == "tiny-my-gifs-scored"
     assert plan.parameters["01_data_sharding"]["holdout"] == 1.0
     assert plan.parameters["03_adapter_training"] == {"note": "", "bundle": str(bundle)}
 
@@ -294,6 +298,12 @@ def test_help_is_complete(capsys):
     options = "--profile --run --from --only --force -p --upstream --gifs --qa --holdout --bundle --deadline"
     for part in [*options.split(), "test", "bench", "make-shapes", "readme", "75", "130"]:
         assert part in text, part
+
+
+def test_make_shapes_refuses_half_a_pair(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["make-shapes", "--test", "3", "--out", str(tmp_path / "new")])
+    assert "must be even" in capsys.readouterr().err
 
 
 def test_make_shapes_refuses_a_folder_with_files(tmp_path, capsys):
