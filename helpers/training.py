@@ -65,6 +65,14 @@ def target_answer(task: str, answer: str, label: int) -> str:
     return str(max(int(label), 1)) if task == "count" else answer
 
 
+def hold_out(questions: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split questions by GIF: those to train on, and those about a random `share` of the GIFs, to watch the loss on."""
+    gifs = np.sort(questions["gif_sha256"].unique())
+    kept_out = np.random.default_rng(seed).permutation(gifs)[: round(share * len(gifs))]
+    held = questions["gif_sha256"].isin(kept_out)
+    return questions[~held], questions[held]
+
+
 class QADataset(Dataset):
     """Questions, tokenised once. An item is asked for as (row, groups): the row, and how many groups of 16 frames."""
 
@@ -656,6 +664,7 @@ class TrainResult:
     def summary(self) -> dict[str, float]:
         """Numbers for a table or a bundle; losses (nats) are means over the first and last twentieth of the steps."""
         part = max(1, self.steps // 20)
+        watched = self.history["eval_loss"].dropna()
         return {
             "steps": self.steps,
             "epochs": round(self.epochs, 3),
@@ -665,6 +674,7 @@ class TrainResult:
             "padding_waste": round(self.waste, 4),
             "first_loss": float(self.history["loss"].iloc[:part].mean()),
             "last_loss": float(self.history["loss"].iloc[-part:].mean()),
+            **({"validation_loss": float(watched.iloc[-1])} if len(watched) else {}),
         }
 
 
@@ -684,8 +694,8 @@ def train(
     `config` is the profile. `folder` gets checkpoints/, tensorboard/ and history.parquet; a run found there goes on
     exactly where its newest checkpoint stands, and a finished one is only loaded. `deadline` is in seconds from now:
     the run stops before it, saves and returns 'partial', as it does on SIGTERM; on Ctrl-C it saves, then raises
-    KeyboardInterrupt. `eval_questions` get their mean loss measured at the end of each epoch. A model without video
-    (`model.video` False) is trained on the same batches as one with video.
+    KeyboardInterrupt. `eval_questions` (if any) get their mean loss measured at the end of each epoch. A model without
+    video (`model.video` False) is trained on the same batches as one with video.
 
     Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
     of other settings or data, TrainingError if the loss diverges.
@@ -714,7 +724,7 @@ def train(
         trainer = AdapterTrainer(model, plan, dataset, collator, config, folder, identity)
         trainer.recorder = recorder
         evaluate = None
-        if eval_questions is not None:
+        if eval_questions is not None and len(eval_questions):
             rows = QADataset(model, eval_questions, options_in_prompt=in_prompt)
             evaluate = _evaluator(trainer, rows, features, config)
         _run(trainer, path, config, ends, evaluate, progress, folder)

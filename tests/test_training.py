@@ -36,6 +36,15 @@ class Section(SimpleNamespace):
         return {k: v for k, v in vars(self).items() if k not in exclude}
 
 
+def test_held_out_gifs_are_whole_and_not_trained_on():
+    questions = toy_questions(300, 50)
+    kept, held = training.hold_out(questions, 0.1, seed=0)
+    assert held["gif_sha256"].nunique() == 5 and not set(kept["gif_sha256"]) & set(held["gif_sha256"])
+    assert len(kept) + len(held) == 300 and kept.index.union(held.index).equals(questions.index)
+    assert not held.equals(training.hold_out(questions, 0.1, seed=1)[1])
+    assert len(training.hold_out(questions, 0.0, seed=0)[1]) == 0
+
+
 def toy_config(**changes):
     settings = {
         "epochs": 2.0,
@@ -46,6 +55,7 @@ def toy_config(**changes):
         "weight_decay": 0.01,
         "warmup_ratio": 0.1,
         "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
         "seed": 3,
         "checkpoint_minutes": 60.0,
         "groups": [1, 2, 3],
