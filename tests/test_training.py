@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ from helpers.training import (
     train,
     video_tokens,
 )
+from helpers.workspace import free_memory
 
 
 class Section(SimpleNamespace):
@@ -179,6 +181,14 @@ def run(folder, world, *, video=True, **options):
     model = ToyModel(video)
     result = train(model, questions, features, config, folder, progress=False, **options)
     return model, result
+
+
+def test_a_trained_model_that_is_deleted_gives_its_memory_back(tmp_path, world):
+    model, _ = run(tmp_path, world)
+    gone = weakref.ref(model)
+    del model
+    free_memory()
+    assert gone() is None
 
 
 def newest(folder):
