@@ -352,8 +352,9 @@ def _environment(plan: Plan, deadline: float | None) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True)
-        # above warnings: the kernel would warn of every plain TCP connection, which never leaves this machine
-        spec.write_text(json.dumps(get_kernel_dict(extra_arguments=["--log-level=40"])))
+        # above errors, since a kernel reports as one the interrupt with which it is shut down; errors of cells come by
+        # another way, and a kernel that dies is noticed
+        spec.write_text(json.dumps(get_kernel_dict(extra_arguments=["--log-level=50"])))
         before = dict(os.environ)
         os.environ |= {
             "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -728,7 +728,7 @@ def main() -> None:
     parser.add_argument("--gifs", type=int, default=8000, help="GIFs that each step of the encoder learns from")
     parser.add_argument("--frame-minutes", type=float, default=50, help="CPU minutes of each step")
     parser.add_argument("--motion-minutes", type=float, default=35)
-    parser.add_argument("--text-minutes", type=float, default=70)
+    parser.add_argument("--text-minutes", type=float, default=80)
     parser.add_argument("--seed", type=int, default=PRETRAIN_SEED, help="of GIFs and texts; take another to go on")
     args = parser.parse_args()
     torch.manual_seed(0)
