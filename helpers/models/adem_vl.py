@@ -311,6 +311,8 @@ class AdemVL(nn.Module):
         self.vision_model = vision_class(config.vision_config) if vision_model is None else vision_model
         for model in (self.language_model, self.vision_model):
             model.requires_grad_(False)
+        if not hasattr(self.language_model.base_model, "layers"):
+            raise AdemVLError(f"the language model is a {config.llm_config.model_type!r}; give one of the Llama family")
         width, dim = config.vision_config.hidden_size, config.llm_config.hidden_size
         blocks = self._encoder.encoder.layers
         self.clip_adapters = nn.ModuleList([ClipAdapter(width, config.adapter_dim) for _ in blocks])
@@ -686,8 +688,9 @@ class AdemVL(nn.Module):
     ) -> AdemVL:
         """Load what `save_pretrained` wrote, on the base models that it names or on those given (loaded, or by name).
 
-        Raises AdemVLError for a folder that is incomplete or of another format, for a missing, extra or mismatched
-        tensor, and for other base models than those it was trained on; ModelNotFound when weights are missing.
+        The model is in evaluation mode, and `tokenizer` is set where the language model was loaded by name. Raises
+        AdemVLError for a folder that is incomplete or of another format, for a missing, extra or mismatched tensor,
+        and for other base models than those it was trained on; ModelNotFound when weights are missing.
         """
         folder, device = Path(folder), device or default_device()
         facts = _read_facts(folder)
@@ -714,7 +717,7 @@ class AdemVL(nn.Module):
             raise AdemVLError(f"{path} is missing; copy the whole folder")
         model._load_strictly(load_file(path), path)
         model.tokenizer = tokenizer
-        return model.to(device)
+        return model.to(device).eval()
 
     def load_released_adapters(self, path: Path | str) -> None:
         """Load the authors' checkpoint-<epoch>.pth (github.com/Hao840/ADEM-VL) into the trained parts, strictly.

@@ -19,6 +19,7 @@ from transformers import (
     CLIPConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     SiglipVisionConfig,
@@ -651,7 +652,7 @@ def test_a_base_in_nf4_trains_and_generates(tiny_llama_dir, tiny_clip_dir, tmp_p
     )
     assert type(again.language_model.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
     given = question(batch)
-    assert torch.equal(again.eval()(**given)["logits"], model.eval()(**given)["logits"])
+    assert torch.equal(again(**given)["logits"], model.eval()(**given)["logits"])
 
 
 # ---- Other encoders ------------------------------------------------------------------------------------------------
@@ -697,8 +698,8 @@ def same(one: AdemVL, other: AdemVL) -> bool:
 def test_save_and_load_give_the_same_model(tmp_path):
     model = make_model(learnable_threshold=True, cross_attention="mhsa_in_out", scales=(4, 16)).float()
     folder = model.save_pretrained(tmp_path / "adem")
-    again = AdemVL.from_pretrained(folder, device=torch.device("cpu")).eval()
-    assert same(model, again) and again.config.to_dict() == model.config.to_dict()
+    again = AdemVL.from_pretrained(folder, device=torch.device("cpu"))
+    assert not again.training and same(model, again) and again.config.to_dict() == model.config.to_dict()
     assert again.config.scales == (4, 16)
     assert set(load_file(folder / "adapter.safetensors")) == set(model.adapter_tensors())
     model.save_pretrained(folder)  # replaced
@@ -711,10 +712,10 @@ def test_named_bases_are_not_copied_and_no_absolute_path_is_written(tmp_path, ti
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "adem_vl.json"]
     assert str(tiny_llama_dir.parent) not in (folder / "adem_vl.json").read_text()
     bases = str(tiny_llama_dir), str(tiny_clip_dir)
-    again = AdemVL.from_pretrained(folder, *bases, device=torch.device("cpu")).eval()
+    again = AdemVL.from_pretrained(folder, *bases, device=torch.device("cpu"))
     assert same(model, again) and again.tokenizer is not None
     loaded = AdemVL.from_pretrained(folder, again.language_model, again.vision_model, torch.device("cpu"))
-    assert same(model, loaded.eval())
+    assert same(model, loaded)
 
 
 def test_loading_is_strict(tmp_path):
@@ -878,6 +879,12 @@ def test_configurations_that_cannot_be_are_refused(changes, fault):
         make_config(**changes)
 
 
+def test_other_language_models_are_refused():
+    vision = CLIPVisionConfig(**VISION)
+    with pytest.raises(AdemVLError, match="'gpt2'; give one of the Llama family"):
+        AdemVL(AdemVLConfig(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1), vision, scales=SCALES))
+
+
 def test_batches_that_do_not_fit_are_refused():
     model, batch = make_model(), make_batch()
     given = question(batch)
@@ -1013,4 +1020,4 @@ def test_a_folder_can_be_moved(tmp_path):
     model = make_model().float()
     model.save_pretrained(tmp_path / "here")
     shutil.move(tmp_path / "here", tmp_path / "there")
-    assert same(model, AdemVL.from_pretrained(tmp_path / "there", device=torch.device("cpu")).eval())
+    assert same(model, AdemVL.from_pretrained(tmp_path / "there", device=torch.device("cpu")))
