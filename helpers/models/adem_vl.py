@@ -509,6 +509,9 @@ class AdemVL(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """has_image and cls_position of a batch, filled in where they are None. Raises AdemVLError for a misfit."""
         rows = len(input_ids)
+        limit = self.config.llm_config.max_position_embeddings
+        if input_ids.shape[1] > limit:
+            raise AdemVLError(f"a sequence of {input_ids.shape[1]} tokens is over the language model's {limit}")
         if has_image is None:
             has_image = torch.full((rows,), pixel_values is not None, device=self.device)
         has_image = has_image.to(self.device, torch.bool)

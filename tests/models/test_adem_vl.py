@@ -206,7 +206,7 @@ def reference_logits(model: AdemVL, batch) -> torch.Tensor:
     """Logits with the official arithmetic written out, on the stock modules of both base models."""
     config, llama = model.config, model.language_model.model
     hidden_states = model.vision_model(batch["pixel_values"].double(), output_hidden_states=True).hidden_states
-    features = model.vision_model.post_layernorm(hidden_states[-2])
+    features = model._encoder.post_layernorm(hidden_states[-2])
     place, ask, add = config.cross_attention.split("_")
     logits = []
     for row, sees in enumerate(batch["has_image"].tolist()):
@@ -291,7 +291,7 @@ def test_pooling_takes_means_of_squares_row_by_row():
 
 def test_adapters_stand_beside_the_mlp():
     model = make_model()
-    block, adapter = model.vision_model.encoder.layers[0], model.clip_adapters[0]
+    block, adapter = model._encoder.encoder.layers[0], model.clip_adapters[0]
     z = torch.randn(1, 2, WIDTH, dtype=torch.double)
     down, up = adapter.down.weight.tolist(), adapter.up.weight.tolist()
     for found, plain, row in zip(block.mlp(z)[0], block.mlp.forward(z)[0], z[0].tolist(), strict=True):
@@ -666,7 +666,7 @@ def test_other_grids_and_encoders_without_a_cls_token():
         patches, cls = model.visual_features(batch["pixel_values"])
         assert patches.shape == (3, 36, WIDTH) and cls.shape == (3, WIDTH)
         hidden = model.vision_model(batch["pixel_values"].double(), output_hidden_states=True).hidden_states[-2]
-        normed = model.vision_model.post_layernorm(hidden)
+        normed = model._encoder.post_layernorm(hidden)
         siglip = isinstance(vision, SiglipVisionConfig)
         assert torch.allclose(patches, normed if siglip else normed[:, 1:])
         assert torch.allclose(cls, normed.mean(1) if siglip else normed[:, 0])
@@ -896,6 +896,7 @@ def test_batches_that_do_not_fit_are_refused():
             "pixel_values": torch.zeros(3, 3, 16, 16)
         },
         "pixel_values are not given": {"pixel_values": None},
+        "sequence of 2049 tokens is over the language model's 2048": {"input_ids": torch.zeros(3, 2049).long()},
         r"has_image is \[2\]": {"has_image": torch.tensor([True, False])},
     }
     for fault, changes in cases.items():
