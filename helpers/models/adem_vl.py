@@ -289,8 +289,8 @@ class AdemVL(nn.Module):
     Trainable: `clip_adapters` (one for each encoder block; the last block is not run, so its adapter counts but is
     never fed and never gets a gradient, as in the release), `projector`, `cls_projector`, `key_embedding`,
     `value_embedding`, and `thresholds` where they are learnable. `AdemVL(config)` makes base models of random weights;
-    give `language_model` and `vision_model` for others, of any precision. Without visual features (a call of
-    `language_model` itself) the hooks do nothing.
+    give `language_model` and `vision_model` for others, of any precision. Called by themselves both base models are
+    what they were: the hooks act only inside this model's own calls, so that several models can share them.
     """
 
     def __init__(
@@ -326,6 +326,7 @@ class AdemVL(nn.Module):
             start = NormalDist().inv_cdf(config.drop_ratio)
             self.thresholds = nn.Parameter(torch.full((config.llm_config.num_hidden_layers,), start))
         self._visual: _Visual | None = None
+        self._encoding = False
         self._install_hooks()
 
     @classmethod
@@ -390,15 +391,15 @@ class AdemVL(nn.Module):
             else:
                 hook = partial(self._add_to_output, index, query == "out")
                 module.register_forward_hook(hook, with_kwargs=True)
-        for block, adapter in zip(self._encoder.encoder.layers, self.clip_adapters, strict=True):
-            block.mlp.register_forward_hook(partial(_add_adapter, adapter))
+        for index, block in enumerate(self._encoder.encoder.layers):
+            block.mlp.register_forward_hook(partial(self._add_adapter, index))
 
     def gradient_checkpointing_enable(self) -> None:
         """In training, compute both base models' activations again for the backward pass instead of keeping them."""
 
         def contexts() -> tuple[Any, Any]:
             # A block that is computed again must see what its own forward saw, whatever was looked at since.
-            return nullcontext(), self._seeing(self._visual)
+            return nullcontext(), self._seeing(self._visual, self._encoding)
 
         for model in (self.language_model, self.vision_model):
             # the newer name of the same method, where there is one
@@ -408,12 +409,14 @@ class AdemVL(nn.Module):
     # ---- Hooks -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _seeing(self, visual: _Visual | None) -> Iterator[None]:
-        before, self._visual = self._visual, visual
+    def _seeing(self, visual: _Visual | None, encoding: bool = False) -> Iterator[None]:
+        """Let the hooks of the language model add what is in `visual`, and with `encoding` those of the encoder act."""
+        before = self._visual, self._encoding
+        self._visual, self._encoding = visual, encoding
         try:
             yield
         finally:
-            self._visual = before
+            self._visual, self._encoding = before
 
     def _insert_cls(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Replace the embeddings at the CLS positions of a prompt; tokens generated from a cache have none."""
@@ -461,6 +464,9 @@ class AdemVL(nn.Module):
         changed = first + self._attend(index, first if of_output else _module_input(args, kwargs))
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
+    def _add_adapter(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + self.clip_adapters[index](args[0]) if self._encoding else output
+
     # ---- What is seen ----------------------------------------------------------------------------------------------
 
     def visual_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -473,9 +479,9 @@ class AdemVL(nn.Module):
         hidden = encoder.embeddings(pixel_values.to(self.vision_model.dtype))
         if hasattr(encoder, "pre_layrnorm"):
             hidden = encoder.pre_layrnorm(hidden)
-        for block in encoder.encoder.layers[:-1]:
-            hidden = block(hidden, None)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        with self._seeing(None, encoding=True):
+            for block in encoder.encoder.layers[:-1]:
+                hidden = block(hidden, None)
         hidden = encoder.post_layernorm(hidden)
         if hasattr(encoder.embeddings, "class_embedding"):
             return hidden[:, 1:], hidden[:, 0]
@@ -740,10 +746,6 @@ class AdemVL(nn.Module):
         if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise AdemVLError(f"{path} has no `model`, a dict of tensors; give a released checkpoint-<epoch>.pth")
         self._load_strictly(tensors, path, released_names(self.adapter_tensors()))
-
-
-def _add_adapter(adapter: ClipAdapter, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return output + adapter(args[0])
 
 
 def _module_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -205,7 +205,8 @@ def loop_pool(patches, scales):
 def reference_logits(model: AdemVL, batch) -> torch.Tensor:
     """Logits with the official arithmetic written out, on the stock modules of both base models."""
     config, llama = model.config, model.language_model.model
-    hidden_states = model.vision_model(batch["pixel_values"].double(), output_hidden_states=True).hidden_states
+    with model._seeing(None, encoding=True):  # with the adapters, which have a test of their own
+        hidden_states = model.vision_model(batch["pixel_values"].double(), output_hidden_states=True).hidden_states
     features = model._encoder.post_layernorm(hidden_states[-2])
     place, ask, add = config.cross_attention.split("_")
     logits = []
@@ -294,11 +295,14 @@ def test_adapters_stand_beside_the_mlp():
     block, adapter = model._encoder.encoder.layers[0], model.clip_adapters[0]
     z = torch.randn(1, 2, WIDTH, dtype=torch.double)
     down, up = adapter.down.weight.tolist(), adapter.up.weight.tolist()
-    for found, plain, row in zip(block.mlp(z)[0], block.mlp.forward(z)[0], z[0].tolist(), strict=True):
+    plain = block.mlp(z)[0]
+    with model._seeing(None, encoding=True):
+        adapted = block.mlp(z)[0]
+    for found, row in zip(adapted - plain, z[0].tolist(), strict=True):
         bottleneck = [sum(a * b for a, b in zip(w, row, strict=True)) for w in down]
         bottleneck = [0.5 * h * (1 + math.erf(h / math.sqrt(2))) for h in bottleneck]  # the exact GELU
         added = [0.1 * sum(a * b for a, b in zip(w, bottleneck, strict=True)) for w in up]
-        assert (found - plain).tolist() == pytest.approx(added, abs=1e-12)
+        assert found.tolist() == pytest.approx(added, abs=1e-12)
 
 
 def test_adapter_dropout_is_a_tenth_and_in_training_only():
@@ -355,6 +359,16 @@ def test_the_mask_is_the_same_in_training_and_evaluation(recorded):
         assert evaluated.shape == (3, 9, 20) and torch.equal(evaluated, trained)
         assert ((evaluated == 0).sum(-1) == 5).all()  # int(0.25 * 20), for each text position
     assert not torch.equal(recorded[0] == 0, recorded[1] == 0)  # and chosen anew in each block
+
+
+def test_nothing_is_sorted_and_keys_are_computed_once_a_forward(monkeypatch):
+    model, batch, calls = make_model(), make_batch(), []
+    monkeypatch.setitem(adem_vl.PHI, "silu", lambda x: calls.append(tuple(x.shape)) or torch.nn.functional.silu(x))
+    for place in (torch, torch.Tensor):
+        for name in ("sort", "argsort", "msort"):
+            monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("sorted"))
+    model(**question(batch))
+    assert calls == [(3, 20, DIM)] + [(3, 9, DIM)] * LAYERS
 
 
 def test_learnable_threshold_is_a_sigmoid_around_a_standardised_score():
@@ -665,7 +679,8 @@ def test_other_grids_and_encoders_without_a_cls_token():
         batch = make_batch() | {"pixel_values": torch.randn(3, 3, 48, 48)}
         patches, cls = model.visual_features(batch["pixel_values"])
         assert patches.shape == (3, 36, WIDTH) and cls.shape == (3, WIDTH)
-        hidden = model.vision_model(batch["pixel_values"].double(), output_hidden_states=True).hidden_states[-2]
+        with model._seeing(None, encoding=True):
+            hidden = model.vision_model(batch["pixel_values"].double(), output_hidden_states=True).hidden_states[-2]
         normed = model._encoder.post_layernorm(hidden)
         siglip = isinstance(vision, SiglipVisionConfig)
         assert torch.allclose(patches, normed if siglip else normed[:, 1:])
@@ -686,6 +701,22 @@ def test_a_copy_is_a_model_of_its_own():
         assert torch.equal(model(**batch)["logits"], before) and not torch.equal(changed, before)
         twin.load_state_dict(model.state_dict())
         assert torch.equal(twin(**batch)["logits"], before)
+
+
+def test_several_models_share_their_base_models():
+    one, batch = make_model(), question(make_batch())
+    before = one(**batch)["logits"]
+    plain = one.vision_model(batch["pixel_values"].double()).last_hidden_state
+    twin = copy.deepcopy(one)
+    torch.manual_seed(7)
+    other = AdemVL(one.config, one.language_model, one.vision_model)
+    with torch.no_grad():
+        for tensor in other.adapter_tensors().values():
+            tensor.normal_()
+    other.double().eval()
+    assert not torch.equal(other(**batch)["logits"], before)
+    assert torch.equal(one(**batch)["logits"], before) and torch.equal(twin(**batch)["logits"], before)
+    assert torch.equal(one.vision_model(batch["pixel_values"].double()).last_hidden_state, plain)
 
 
 # ---- Files ---------------------------------------------------------------------------------------------------------
