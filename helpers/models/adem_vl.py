@@ -419,15 +419,16 @@ class AdemVL(nn.Module):
             self._visual, self._encoding = before
 
     def _insert_cls(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Replace the embeddings at the CLS positions of a prompt; tokens generated from a cache have none."""
+        """Replace the embeddings at the CLS positions; columns are counted from the beginning of what is cached."""
         ids, past = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if self._visual is None or ids is None:
             return args, kwargs
         self._visual = visual = self._visual.rows(len(ids))
-        if visual.cls is None or (past is not None and int(past.get_seq_length()) > 0):
+        if visual.cls is None:
             return args, kwargs
         embeddings = module.get_input_embeddings()(ids)
-        here = torch.arange(ids.shape[1], device=ids.device) == visual.cls_position[:, None]
+        columns = torch.arange(ids.shape[1], device=ids.device) + (0 if past is None else past.get_seq_length())
+        here = columns == visual.cls_position[:, None]
         embeddings = torch.where(here[..., None], visual.cls[:, None].to(embeddings.dtype), embeddings)
         return args, kwargs | {"input_ids": None, "inputs_embeds": embeddings}
 

@@ -522,11 +522,24 @@ def padded_left(batch, by):
     }
 
 
+def test_a_prompt_can_enter_the_cache_in_pieces():
+    model, batch = make_model(8), make_batch(8)
+    expected = model(**question(batch))["logits"]
+    visual = model._look(batch["pixel_values"], batch["has_image"], batch["cls_position"])
+    with torch.no_grad(), model._seeing(visual):
+        first = model.language_model(batch["input_ids"][:, :1], use_cache=True)
+        second = model.language_model(batch["input_ids"][:, 1:], past_key_values=first.past_key_values)
+    found = torch.cat([first.logits, second.logits], 1)
+    assert torch.allclose(found.float(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_left_padding_changes_nothing():
     model, batch = make_model(5), make_batch(5)
-    padded = padded_left(batch, 4)
     plain = model(**question(batch))["logits"]
-    assert torch.allclose(model(**padded)["logits"][:, 4:], plain, rtol=1e-6, atol=1e-6)
+    for columns in (4, 1500):  # so many that absolute positions would show in the rounding
+        shifted = model(**padded_left(batch, columns))["logits"][:, columns:]
+        assert torch.allclose(shifted, plain, rtol=1e-6, atol=1e-6)
+    padded = padded_left(batch, 4)
     generated = model.generate(**padded, **GREEDY)
     assert generated[:, 13:].tolist() == model.generate(**question(batch), **GREEDY)[:, 9:].tolist()
 
