@@ -194,7 +194,7 @@ def test_gold_from_conversations(save):
         return {"id": pid, "conversations": turns, **more}
 
     items = [
-        item("4", "Which?\nA. no\nB. yes", "B"),
+        item("4", "Which word is before Context: ?\nA. no\nB. yes", "B"),
         item("5", "<image>\nContext: A. stands for Ann.\nWho?\nA. x\nB. y\nC. z", "A", image="5/image.png"),
         item("6", "<image>\nWhich list?\nA. b\nB. c\nWhat follows?\nA. one\nB. two", "A", image="6/image.png"),
     ]
