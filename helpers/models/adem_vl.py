@@ -500,7 +500,11 @@ class AdemVL(nn.Module):
         cls = torch.zeros(rows, width, dtype=dtype, device=self.device)
         if has_image.any():
             found = self.visual_features(pixel_values[has_image])
-            patches, cls = patches.index_put((has_image,), found[0]), cls.index_put((has_image,), found[1])
+            # under autocast the features' precision is not the encoder's
+            patches, cls = (
+                zeros.to(seen.dtype).index_put((has_image,), seen)
+                for zeros, seen in zip((patches, cls), found, strict=True)
+            )
         # The projectors run on all rows, so that their parameters have gradients in a batch without images too.
         embedded = config.beta * self.projector(pool_scales(patches, config.scales)) * has_image[:, None, None]
         dtype = self.language_model.get_input_embeddings().weight.dtype

@@ -653,6 +653,23 @@ def test_half_precision_bases_train_float32_parts(dtype):
     assert full(**batch)["loss"].item() == pytest.approx(loss.item(), rel=0.05)
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"learnable_threshold": True}, {"cross_attention": "mhsa_in_in"}], ids=str)
+def test_training_under_autocast(base, options):
+    torch.manual_seed(0)
+    config = make_config(**options)
+    bases = LlamaForCausalLM(config.llm_config).to(base), CLIPVisionModel(config.vision_config).to(base)
+    model, batch = AdemVL(config, *bases), make_batch()
+    plain = model.eval()(**batch)["loss"].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch)["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(plain, rel=0.05)
+    for name, tensor in model.adapter_tensors().items():
+        assert tensor.grad is None or torch.isfinite(tensor.grad).all(), name
+    assert model.key_embedding.grad.dtype == torch.float32
+
+
 @pytest.fixture(scope="session")
 def tiny_clip_dir(tmp_path_factory):
     """A random CLIP vision checkpoint with the sizes of `VISION`."""
