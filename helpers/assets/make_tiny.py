@@ -65,6 +65,12 @@ BANKS = _banks()
 # Captions of one frame as a part of the motion: rest, the start of an action, the rest of it.
 STEPS = ["it rests", *(f"it starts to {a}" for a in ACTIONS), *(f"it is still {doing}" for doing in ACTIONS.values())]
 ORDERS = list(permutations(ACTIONS, 2))
+# Captions of one word's worth, so that shape and colour of a "red star" can also be read apart.
+LOOKS = {
+    "shape": [f"it is a {shape}" for shape in SHAPES],
+    "color": [f"it is {color}" for color in COLORS],
+    "item shape": [f"small {items}" for items in SHAPES.values()],
+}
 
 
 def _static_targets(scene: Scene) -> dict[str, int]:
@@ -75,6 +81,9 @@ def _static_targets(scene: Scene) -> dict[str, int]:
         "items": (scene.items - 1) * len(SHAPES) + item_shape,
         "item color": item_color * len(SHAPES) + item_shape,
         "place": list(PLACES).index(scene.place),
+        "shape": shape,
+        "color": color,
+        "item shape": item_shape,
     }
 
 
@@ -381,7 +390,8 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
     optimizer = _optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
     static = [_static_targets(scene) for scene in scenes]
     cuts = [[g for view in views(scene).values() for g in view] for scene in scenes]
-    aspects = ("subject", "items", "item color", "place", "count", "order")
+    bank_of = BANKS | LOOKS
+    aspects = ("subject", "items", "item color", "place", "shape", "color", "item shape", "count", "order")
     names, times = list(ACTIONS), len(TIMES)
     progress = _Progress("motion", minutes, 200)
     while progress.done < 1:
@@ -397,13 +407,13 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
             hidden.append(all(states[t] in ("blink", "flash") for t in cut))
         with torch.autocast("cpu", torch.bfloat16):
             tokens, pictures = encode_groups(model, x, masks)
-            texts = [text for a in aspects for text in BANKS[a]]
+            texts = [text for a in aspects for text in bank_of[a]]
             banks = encode_texts(model, tokenizer, texts + STEPS)
         tokens, pictures = F.normalize(tokens.float(), dim=-1), F.normalize(pictures.float(), dim=-1)
         banks, of_steps = banks.float().split([len(texts), len(STEPS)])
         scale = model.logit_scale.exp().clamp(max=100)
         loss = _aspect_loss(tokens.flatten(0, 1), of_steps, steps.flatten(), scale, progress, "step")
-        for aspect, bank in zip(aspects, banks.split([len(BANKS[a]) for a in aspects]), strict=True):
+        for aspect, bank in zip(aspects, banks.split([len(bank_of[a]) for a in aspects]), strict=True):
             if aspect == "count":
                 # For each action that occurs, and one that does not: its count against the other counts; and for the
                 # count that it has, the action against the other actions with that count.
@@ -431,7 +441,7 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
                 target = [-1 if told["order"] is None else told["order"] for told in motion]
             else:
                 target = [static[owner][aspect] for owner in owners]
-                if aspect == "subject":
+                if aspect in ("subject", "shape", "color"):
                     target = [-1 if unseen else t for unseen, t in zip(hidden, target, strict=True)]
             loss = loss + _aspect_loss(pictures, bank, torch.tensor(target), scale, progress, aspect)
         _update(optimizer, loss, _rate(rate, progress.step, progress.done))
