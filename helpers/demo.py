@@ -37,7 +37,8 @@ BUILT_IN_SEED, BUILT_IN_GIFS = 2026, 6
 MAX_GALLERY = 12  # GIFs taken from a folder: each is sent to the page
 MAX_QUESTION = 300  # characters; TGIF-QA's longest question has about 100
 MAX_OPTIONS, MAX_OPTION = 20, 80  # number of options, characters of one
-PREVIEW_BYTES, PREVIEW_SIDE = 300_000, 128  # a page is sent at most 1 MB/s: larger GIFs play as a small copy
+PREVIEW_BYTES = 300_000  # Jupyter sends a page about 1 MB/s at most: larger GIFs play as a small copy ...
+PREVIEW_SIDE, PREVIEW_FRAMES = 128, 16  # ... of that many pixels a side and frames
 THUMBNAIL_SIDE = 96  # pixels of a frame in the strip
 GENERAL_QUESTIONS = ("what is moving ?", "what color is it ?", "where is it ?", "How many times does it jump ?")
 
@@ -88,7 +89,7 @@ def _newest_attached() -> Path | None:
         try:
             if not read_bundle(path.parent)["video"]:
                 continue
-        except (BundleError, ValueError, KeyError):  # another program's file of the same name, or an older format
+        except (ValueError, KeyError, AttributeError):  # another program's file of the same name, or an older format
             continue
         manifest = read_manifest(path.parents[1])
         written = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
@@ -323,7 +324,7 @@ class Session:
         if len(gif.data) <= PREVIEW_BYTES:
             return gif.data
         frames, times = self.qa.sample(gif.data, PREVIEW_SIDE)
-        step = -(-len(frames) // 32)
+        step = -(-len(frames) // PREVIEW_FRAMES)
         pictures = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames[::step]]
         starts = times[::step]
         durations = np.diff([*starts, starts[-1] + max(starts[-1] / len(starts), 100)]).clip(20)
