@@ -139,7 +139,7 @@ def built_in_gifs(folder: Path, number: int = BUILT_IN_GIFS) -> list[Gif]:
     folder.mkdir(parents=True, exist_ok=True)
     gifs = []
     for scene in scenes[::2]:  # twins of a pair look alike
-        path = folder / f"{scene.color}-{scene.shape}-on-{scene.place}.gif"
+        path = folder / f"{scene.color}-{scene.shape}.gif"
         if not path.is_file():
             partial = path.with_suffix(f".{os.getpid()}.part")  # two pages may start at once
             write_gif(scene, partial)
@@ -381,16 +381,17 @@ def asked_table(asked: Sequence[Asked]) -> pd.DataFrame:
 # Panels bring their own background, so that their text has contrast in dark themes too.
 STYLE = """<style>
 .gq { background: #fff; color: #1a1a1a; font: 15px/1.45 system-ui, sans-serif; padding: 10px 14px; border-radius: 6px;
-  border: 1px solid #767676; }
+  border: 1px solid #767676; margin-bottom: 6px; }
 .gq h4 { margin: 0 0 6px; font-size: 15px; } .gq p { margin: 4px 0; }
 .gq .answer { font-size: 21px; } .gq .quiet { color: #545454; }
 .gq-note { font: 15px/1.45 system-ui, sans-serif; padding: 5px 12px; border-radius: 6px; background: #e7f1f8;
   color: #0b2e45; border-left: 5px solid #0072B2; }
 .gq-note.error { background: #fdecea; color: #7a1200; border-left-color: #B3261E; }
-.gq table { border-collapse: collapse; width: 100%; } .gq td, .gq th { padding: 2px 6px; text-align: left; }
+.gq table { border-collapse: collapse; width: 100%; } .gq caption { text-align: left; padding: 0; }
+.gq td, .gq th { padding: 2px 6px; text-align: left; }
 .gq th { font-weight: normal; white-space: nowrap; width: 1%; max-width: 16em; overflow: hidden;
   text-overflow: ellipsis; } .gq th.chosen { font-weight: bold; }
-.gq td.number { width: 1%; text-align: right; font-variant-numeric: tabular-nums; }
+.gq td.number { width: 1%; white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
 .gq .bar { height: 14px; background: #56B4E9; min-width: 1px; } .gq .chosen + td .bar { background: #0072B2; }
 .gq .strip { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; padding: 0; margin: 8px 0 0; }
 .gq .strip li { width: 76px; margin: 0; font-size: 12px; text-align: center; }
@@ -398,7 +399,7 @@ STYLE = """<style>
 .gq .strip .meter { height: 8px; background: #ececec; margin: 3px 0; }
 .gq .strip .meter div { height: 8px; background: #0072B2; } .gq .strip .meter div.against { background: #E69F00; }
 .gq .strip .top { outline: 3px solid #0072B2; outline-offset: -3px; }
-.gq-gif { width: 100%; height: 100%; object-fit: contain; background: #fff; border-radius: 4px; }
+.gq-gif { width: 100%; height: 100%; object-fit: contain; object-position: top; background: #fff; border-radius: 4px; }
 </style>"""
 
 

@@ -29,7 +29,7 @@ from helpers.demo import (
 )
 from helpers.gifs import GifRejected
 
-WIDE = widgets.Layout(width="100%")
+WIDE = widgets.Layout(width="auto")
 LABELLED = {"description_width": "80px"}
 ONE_AT_A_TIME = "One question at a time: the second click was ignored."
 
@@ -71,7 +71,7 @@ class DemoPage:
 
     def _add_card(self, gif: Gif) -> None:
         button = widgets.Button(
-            description=gif.name.removesuffix(".gif"),
+            description=gif.name.removesuffix(".gif").replace("-", " "),
             tooltip=f"Ask about {gif.name}",
             layout=widgets.Layout(width="auto"),
         )
@@ -91,9 +91,11 @@ class DemoPage:
         self.options = widgets.Text(
             description="Options", placeholder="none, or: jump | duck | blink", layout=WIDE, style=LABELLED
         )
+        self._suggested: Suggestion | None = None
+        self.question.observe(self._on_question, "value")
         for text in (self.question, self.options):
             text.on_msg(self._on_message)
-        self.ask_button = widgets.Button(description="Ask", button_style="primary", icon="play")
+        self.ask_button = widgets.Button(description="Ask", button_style="primary")
         self.ask_button.on_click(lambda _: self.ask())
         self.blind = widgets.Checkbox(
             description="Show what it says without seeing the GIF (blind)", indent=False, layout=WIDE
@@ -120,7 +122,7 @@ class DemoPage:
     def _history(self) -> None:
         self.rows = widgets.VBox()
         self.export_button = widgets.Button(
-            description="Export as CSV", icon="save", tooltip="Write the questions and right answers as training data"
+            description="Export as CSV", tooltip="Write the questions and right answers as training data"
         )
         self.export_button.on_click(lambda _: self.export())
         self.history_note = widgets.HTML()
@@ -148,8 +150,16 @@ class DemoPage:
     def _on_suggestion(self, change: dict) -> None:
         suggestion: Suggestion | None = change["new"]
         if suggestion is not None:
+            self._suggested = suggestion
             self.question.value = suggestion.question
             self.options.value = " | ".join(suggestion.options)
+
+    def _on_question(self, change: dict) -> None:
+        # Options of a suggestion belong to its question; left behind, they would turn any other into a choice.
+        if self._suggested is not None and change["new"] != self._suggested.question:
+            if parse_options(self.options.value) == list(self._suggested.options):
+                self.options.value = ""
+            self._suggested = None
 
     def _on_upload(self, change: dict) -> None:
         files = read_uploads(change["new"])

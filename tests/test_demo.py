@@ -441,6 +441,17 @@ def test_suggestions_fill_question_and_options(page, qa):
     assert page.asked.answer == qa.answer(page.gif.data, suggestion.question, suggestion.options)
 
 
+def test_options_of_a_suggestion_go_with_its_question(page):
+    suggestion = next(s for s in page.gif.suggestions if s.options)
+    page.suggestions.value = suggestion
+    assert parse_options(page.options.value) == list(suggestion.options)
+    page.question.value = QUESTION
+    assert page.options.value == ""
+    page.options.value = "jump | duck"  # typed by hand
+    page.question.value = "what does it do ?"
+    assert page.options.value == "jump | duck"
+
+
 def test_picking_a_gif_marks_it_and_offers_its_questions(page):
     last = page.session.gifs[-1]
     page.cards.children[-1].children[1].click()
