@@ -23,7 +23,7 @@ from helpers.workspace import repo_root
 ROOT = repo_root()
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUESTION = "what color is the circle ?"
-PATIENCE = 180_000  # ms; a kernel that loads torch on a busy machine takes its time
+PATIENCE = 120_000  # ms; a kernel that loads torch on a busy machine takes its time
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,16 @@ class Server:
         )
         own = {name: str(folder / name.lower()) for name in names}
         environment = os.environ | own | {"RUNS_ROOT": str(self.runs), "PYTHONPATH": str(ROOT)}
-        self.log = (folder / "server.log").open("w+")
+        news = (
+            folder
+            / "jupyterlab_settings_dir"
+            / "@jupyterlab"
+            / "apputils-extension"
+            / "notification.jupyterlab-settings"
+        )
+        news.parent.mkdir(parents=True)
+        news.write_text('{"fetchNews": "false"}')  # else a question about news lies over the page
+        self.log = (folder / "server.log").open("w")
         self.process = subprocess.Popen(
             [sys.executable, "-m", *line], cwd=clone, env=environment, stdout=self.log, stderr=subprocess.STDOUT
         )
@@ -113,8 +122,11 @@ class Server:
                     return
             except OSError:
                 time.sleep(0.3)
-        self.log.seek(0)
-        raise RuntimeError(f"{self.kind} did not start:\n{self.log.read()[-3000:]}")
+        raise RuntimeError(f"{self.kind} did not start:\n{self.tail()}")
+
+    def tail(self) -> str:
+        """The end of the server's log."""
+        return Path(self.log.name).read_text(encoding="utf-8")[-3000:]
 
     def stop(self) -> None:
         """End the server; its kernels end with it."""
@@ -135,10 +147,14 @@ def opened(request, browser, clone, tmp_path_factory):
         server.wait()
         page.goto(server.url, timeout=PATIENCE)
         if request.param == "lab":
-            page.locator(".jp-Notebook").wait_for(timeout=PATIENCE)
+            page.get_by_text("| Idle").wait_for(timeout=PATIENCE)  # cells run before the kernel is there are lost
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        ask(page).wait_for(timeout=PATIENCE)
+        try:
+            ask(page).wait_for(timeout=PATIENCE)
+        except Exception as error:
+            screenshot(page, server, "failure")
+            raise RuntimeError(f"{server.kind} shows no demo; its log ends:\n{server.tail()}") from error
         yield page, server
     finally:
         page.close()
