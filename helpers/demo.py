@@ -386,6 +386,7 @@ STYLE = """<style>
 .gq .answer { font-size: 21px; } .gq .quiet { color: #545454; }
 .gq-note { font: 15px/1.45 system-ui, sans-serif; padding: 5px 12px; border-radius: 6px; background: #e7f1f8;
   color: #0b2e45; border-left: 5px solid #0072B2; }
+.gq-note a { color: inherit; text-decoration: underline; }
 .gq-note.error { background: #fdecea; color: #7a1200; border-left-color: #B3261E; }
 .gq table { border-collapse: collapse; width: 100%; } .gq caption { text-align: left; padding: 0; }
 .gq td, .gq th { padding: 2px 6px; text-align: left; }

@@ -260,7 +260,8 @@ class DemoPage:
                 fault.value = note(f"Not taken: {error}", error=True)
 
         right.observe(correct, "value")
-        row = widgets.HBox([label, widgets.VBox([right, fault])], layout=widgets.Layout(margin="4px 0"))
+        mending = widgets.VBox([right, fault], layout=widgets.Layout(flex="0 0 320px"))
+        row = widgets.HBox([label, mending], layout=widgets.Layout(margin="4px 0"))
         self.rows.children = (row, *self.rows.children)
 
     def export(self) -> None:
