@@ -30,7 +30,7 @@ from helpers.corpora.shapes import describe, make_world, write_gif
 from helpers.gifs import GifRejected
 from helpers.models.gif_qa import Answer, BundleError, GifQA, asks_for_count, read_bundle
 from helpers.stage import find_stage, read_manifest
-from helpers.workspace import KAGGLE_INPUT, ModelNotFound, find_model
+from helpers.workspace import KAGGLE_INPUT, ModelNotFound, find_model, repo_root
 
 SHIPPED_BUNDLE = Path(__file__).resolve().parent / "assets" / "tiny" / "bundle"
 BUILT_IN_SEED, BUILT_IN_GIFS = 2026, 6
@@ -66,9 +66,10 @@ def find_bundle(run_folder: Path, given: str = "") -> FoundBundle:
     Raises BundleError if the one given is no bundle or takes no video, or if there is none at all.
     """
     if given:
-        if not read_bundle(given)["video"]:
+        folder = _given_folder(given)
+        if not read_bundle(folder)["video"]:
             raise BundleError(f"{given} is a blind bundle, which sees no GIF: give the `bundle` folder beside it")
-        return FoundBundle(Path(given).expanduser().resolve(), "given by the parameter `bundle`")
+        return FoundBundle(folder, "given by the parameter `bundle`")
     own = find_stage(run_folder, "03_adapter_training") / "bundle"
     if (own / "bundle.json").is_file():
         return FoundBundle(own, f"trained in the run {own.parents[1].name}")
@@ -80,6 +81,12 @@ def find_bundle(run_folder: Path, given: str = "") -> FoundBundle:
         f"there is no trained bundle: none in {run_folder}, none attached, none shipped in {SHIPPED_BUNDLE}. Run "
         "notebooks 01 to 03 first (./run_all.sh), or give the parameter `bundle` a bundle's folder."
     )
+
+
+def _given_folder(given: Path | str) -> Path:
+    """A folder as typed: from where the notebook runs, or from the repository's root, where run_all.sh is called."""
+    path = Path(given).expanduser()
+    return (path if path.exists() else repo_root() / path).resolve()
 
 
 def _newest_attached() -> Path | None:
@@ -275,7 +282,7 @@ class Session:
 
         A qa.csv in it, in the own-GIFs format, gives the suggested questions. Raises CorpusError if there is no folder.
         """
-        folder = Path(folder).expanduser()
+        folder = _given_folder(folder)
         if not folder.is_dir():
             raise CorpusError(f"gallery: there is no folder {folder}")
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".gif" and path.is_file())

@@ -109,6 +109,8 @@ def test_this_runs_bundle_then_the_newest_attached_then_the_shipped(tmp_path, mo
     found = find_bundle(run)
     assert (found.folder, found.blind, found.origin) == (own, None, "trained in the run tiny")
     assert find_bundle(run, str(shipped)).folder == shipped
+    monkeypatch.setattr(demo, "repo_root", lambda: tmp_path)  # a notebook runs in notebooks/, people type from the root
+    assert find_bundle(run, "shipped/bundle").folder == shipped
 
 
 def test_a_folder_that_cannot_answer_is_refused(tmp_path):
