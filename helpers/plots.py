@@ -424,7 +424,7 @@ def answer_overview(
     nats.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
     confidence = next(p for text, p in distribution if text == chosen)
-    title = f"{shorten(question, 90, placeholder=' ...')}   {chosen or '(nothing)'} ({100 * confidence:.0f} %)"
+    title = f"{shorten(question, 90, placeholder=' ...')}   Answer: {chosen or '(nothing)'} ({100 * confidence:.0f} %)"
     if blind is not None:
         title += f";   without the GIF: {blind[0] or '(nothing)'} ({100 * blind[1]:.0f} %)"
     figure.suptitle("\n".join(wrap(title, 100)).replace("$", r"\$"))
