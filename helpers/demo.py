@@ -76,7 +76,7 @@ def find_bundle(run_folder: Path, given: str = "") -> FoundBundle:
     if attached := _newest_attached():
         return FoundBundle(attached, f"attached: {attached.relative_to(KAGGLE_INPUT).as_posix()}")
     if (SHIPPED_BUNDLE / "bundle.json").is_file():
-        return FoundBundle(SHIPPED_BUNDLE, "the small one that ships with the suite; it knows the built-in shapes only")
+        return FoundBundle(SHIPPED_BUNDLE, "the small one that ships with the suite; it knows only shapes")
     raise BundleError(
         f"there is no trained bundle: none in {run_folder}, none attached, none shipped in {SHIPPED_BUNDLE}. Run "
         "notebooks 01 to 03 first (./run_all.sh), or give the parameter `bundle` a bundle's folder."
@@ -280,7 +280,8 @@ class Session:
     def add_folder(self, folder: Path | str) -> list[str]:
         """Put the first `MAX_GALLERY` GIFs of a folder on show, in front, and return what was left out, as sentences.
 
-        A qa.csv in it, in the own-GIFs format, gives the suggested questions. Raises CorpusError if there is no folder.
+        A qa.csv in it, in the own-GIFs format, gives the suggested questions; GIFs that have some come first. Raises
+        CorpusError if there is no folder.
         """
         folder = _given_folder(folder)
         if not folder.is_dir():
@@ -294,10 +295,10 @@ class Session:
                     suggested.setdefault(row.gif, []).append(Suggestion(row.question, tuple(row.options)))
             except CorpusError as error:
                 notes.append(str(error))
-        for path in paths[:MAX_GALLERY]:
-            name = path.relative_to(folder).as_posix()
+        names = sorted((path.relative_to(folder).as_posix() for path in paths), key=lambda name: name not in suggested)
+        for name in names[:MAX_GALLERY]:
             try:
-                self.add(name, path.read_bytes(), suggested.get(name, ()))
+                self.add(name, (folder / name).read_bytes(), suggested.get(name, ()))
             except GifRejected as error:
                 notes.append(error.reason)
         if len(paths) > MAX_GALLERY:
@@ -486,7 +487,7 @@ def why_panel(asked: Asked, frames: np.ndarray) -> str:
         f"<p>The {len(frames)} frames that the model saw, in order of time. Under each: when it starts, and its "
         "relevance, that is by how many nats the answer's log-probability falls when only this frame is hidden "
         "(orange: it rises). An arrow tells the answer that is given then, if it is another one: "
-        f"so it is for {changed} of {len(frames)} frames. Without the framed one the probability of "
+        f"so it is for {changed} of {len(frames)} frames. Without the outlined one the probability of "
         f"<strong>{html.escape(answer.text) or '(nothing)'}</strong> goes from {100 * answer.confidence:.1f} % to "
         f"{100 * left:.1f} %.</p><ol class=strip>{''.join(items)}</ol></section>"
     )

@@ -52,8 +52,9 @@ class DemoPage:
         self._gallery(notes)
         self._question()
         self._history()
-        self.tabs = widgets.Tab(children=[self._ask_tab(), self._history_tab()])
-        for number, title in enumerate(("Ask", "History")):
+        tabs = {"Ask": self._ask_tab(), "History": self._history_tab()}
+        self.tabs = widgets.Tab(children=list(tabs.values()))
+        for number, title in enumerate(tabs):
             self.tabs.set_title(number, title)
         self.view = widgets.VBox([widgets.HTML(STYLE), self.tabs], layout=widgets.Layout(max_width="1080px"))
         self.select(self.gif)
@@ -104,7 +105,7 @@ class DemoPage:
         self.status, self.answer, self.why = widgets.HTML(), widgets.HTML(), widgets.HTML()
 
     def _ask_tab(self) -> widgets.VBox:
-        about = f"Answers come from a model {html.escape(self.session.origin)}. " if self.session.origin else ""
+        about = f"The model: {html.escape(self.session.origin)}. " if self.session.origin else ""
         twin = "a twin that was trained without video" if self.session.has_blind_twin else "the same model, no frames"
         intro = widgets.HTML(
             f'<div class="gq"><p>Pick a GIF, type a question or pick a suggested one, press Enter or Ask. {about}'

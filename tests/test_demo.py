@@ -179,13 +179,13 @@ def test_a_folder_gives_gifs_in_front_with_the_questions_of_its_csv(session, tmp
     built_in = list(session.gifs)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "cat.gif").write_bytes(gif_bytes(1))
-    (tmp_path / "dog.GIF").write_bytes(gif_bytes(2))
+    (tmp_path / "ant.GIF").write_bytes(gif_bytes(2))
     (tmp_path / "broken.gif").write_text("no GIF")
     rows = ["gif,task,question,answer,options", "deep/cat.gif,action,What does it do ?,yawn,jump|yawn"]
     (tmp_path / "qa.csv").write_text("\n".join(rows))
     notes = session.add_folder(tmp_path)
     assert len(notes) == 1 and "broken.gif cannot be used" in notes[0]
-    assert [gif.name for gif in session.gifs] == ["cat.gif", "dog.gif", *(gif.name for gif in built_in)]
+    assert [gif.name for gif in session.gifs] == ["cat.gif", "ant.gif", *(gif.name for gif in built_in)]
     assert session.gifs[0].suggestions == (demo.Suggestion("What does it do ?", ("jump", "yawn")),)
     assert [s.question for s in session.gifs[1].suggestions] == list(demo.GENERAL_QUESTIONS)
     with pytest.raises(ValueError, match="there is no folder"):
