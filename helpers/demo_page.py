@@ -48,7 +48,7 @@ class DemoPage:
         self.gif = session.gifs[0]
         self.asked: Asked | None = None
         self.worker: threading.Thread | None = None
-        self._ignored = False
+        self._turn, self._ignored = threading.Lock(), False
         self._gallery(notes)
         self._question()
         self._history()
@@ -223,13 +223,14 @@ class DemoPage:
 
     def _start(self, message: str, work: Callable[[], str]) -> None:
         """Run `work` in the worker thread and show the sentence it returns; while it runs, further clicks are told."""
-        if self.worker is not None:
-            self._ignored = True
-            self.status.value = note(f"{message} {ONE_AT_A_TIME}")
-            return
-        self._ignored = False
-        self.status.value = note(message)
-        self.worker = threading.Thread(target=self._run, args=(work,), daemon=True)
+        with self._turn:
+            if self.worker is not None:
+                self._ignored = True
+                self.status.value = note(f"{message} {ONE_AT_A_TIME}")
+                return
+            self._ignored = False
+            self.status.value = note(message)
+            self.worker = threading.Thread(target=self._run, args=(work,), daemon=True)
         self.worker.start()
 
     def _run(self, work: Callable[[], str]) -> None:
@@ -239,8 +240,9 @@ class DemoPage:
             text, fault = f"This could not be asked: {error}", True
         except Exception as error:  # anything else must not leave the page waiting for ever
             text, fault = f"The model failed ({type(error).__name__}: {error}). Try another question or GIF.", True
-        self.worker = None
-        self.status.value = note(f"{text} {ONE_AT_A_TIME}" if self._ignored else text, fault)
+        with self._turn:  # else a click between the two lines would leave its message standing
+            self.status.value = note(f"{text} {ONE_AT_A_TIME}" if self._ignored else text, fault)
+            self.worker = None
 
     def _add_row(self, asked: Asked) -> None:
         """A line of the history, with the right answer open to correction."""
