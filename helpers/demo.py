@@ -35,7 +35,7 @@ from helpers.workspace import KAGGLE_INPUT, ModelNotFound, find_model, repo_root
 SHIPPED_BUNDLE = Path(__file__).resolve().parent / "assets" / "tiny" / "bundle"
 BUILT_IN_SEED, BUILT_IN_GIFS = 2026, 6
 MAX_GALLERY = 12  # GIFs taken from a folder: each is sent to the page
-MAX_QUESTION = 300  # characters; TGIF-QA's longest question has about 100
+MAX_QUESTION = 300  # characters; TGIF-QA's longest question has 135
 MAX_OPTIONS, MAX_OPTION = 20, 80  # number of options, characters of one
 PREVIEW_BYTES = 300_000  # Jupyter sends a page about 1 MB/s at most: larger GIFs play as a small copy ...
 PREVIEW_SIDE, PREVIEW_FRAMES = 128, 16  # ... of that many pixels a side and frames
