@@ -7,12 +7,13 @@ lock=$root/requirements.lock stamp=$root/.venv/lock.sha256 python=$root/.venv/bi
 find_python() {
   local name
   for name in python3 python3.13 python3.12 python3.11 python; do
-    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    if command -v "$name" >/dev/null &&
+      "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$name"
       return
     fi
   done
-  echo "run_all.sh: Python 3.11 or newer is needed, but none was found on PATH. Install it and run this again." >&2
+  echo "run_all.sh: Python 3.11, 3.12 or 3.13 is needed, but none was found on PATH. Install it and run this again." >&2
   return 1
 }
 

@@ -108,6 +108,8 @@ class TrainingConfig(Section):
     weight_decay: Annotated[Float, Field(ge=0)]
     warmup_ratio: Annotated[Float, Field(ge=0, le=1)]
     max_grad_norm: Annotated[Float, Field(gt=0)]
+    gradient_checkpointing: bool
+    validation_share: Annotated[Float, Field(ge=0, lt=0.5)]
     seed: Annotated[int, Field(ge=0)]
     checkpoint_minutes: Annotated[Float, Field(gt=0)]
     groups: Groups

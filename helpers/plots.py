@@ -76,7 +76,7 @@ def _error(table: pd.DataFrame, scale: float = 1.0) -> np.ndarray:
 
 @plt.rc_context(STYLE)
 def loss_curve(history: pd.DataFrame, window: int = 20) -> Figure:
-    """Training loss (columns step, loss) with its running median over `window` logged values."""
+    """Training loss (columns step, loss) with its running median over `window` steps; `eval_loss` too."""
     figure, axes = _figure(1, 1, (7, 3.6))
     axis = axes[0, 0]
     points = history.dropna(subset=["loss"])
@@ -84,6 +84,9 @@ def loss_curve(history: pd.DataFrame, window: int = 20) -> Figure:
     axis.plot(points["step"], points["loss"], color=SKY, linewidth=0.8, label="each logged step")
     smooth = points["loss"].rolling(window, center=True, min_periods=1).median()
     axis.plot(points["step"], smooth, color=BLUE, linewidth=2, label=f"running median of {window}")
+    measured = history.dropna(subset=["eval_loss"]) if "eval_loss" in history else history[:0]
+    if len(measured):
+        axis.plot(measured["step"], measured["eval_loss"], "o--", color=ORANGE, label="GIFs held out, each epoch")
     axis.set(title="Training loss", xlabel="optimizer step", ylabel="loss of the answer (nats per token)")
     axis.set_ylim(bottom=0)
     axis.legend()

@@ -7,8 +7,10 @@ that one table, so a saved predictions.parquet is enough to compute every score 
 Conventions are those of TGIF-QA's official evaluator (github.com/YunseokJANG/tgif-qa) and stand in `CONVENTIONS`.
 """
 
+import math
 import os
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from helpers.corpora import MAX_COUNT, MULTIPLE_CHOICE, TASKS, question_form
+from helpers.workspace import DeadlineReached
 
 COUNTS = tuple(str(number) for number in range(1, MAX_COUNT + 1))
 
@@ -76,6 +79,7 @@ def predict(
     shuffle_seed: int | None = None,
     cache: Path | None = None,
     description: str = "scoring",
+    deadline: float = math.inf,
 ) -> pd.DataFrame:
     """Answer every question with `model`, looking at `groups` groups of 16 frames of its GIF.
 
@@ -92,12 +96,17 @@ def predict(
             partner gets no prediction.
         cache: folder that keeps the answers of each finished task, so that a killed run goes on there. The caller
             names the folder after everything that the answers depend on.
+        deadline: seconds from now after which no more batches are answered.
+
+    Raises:
+        workspace.DeadlineReached: the time was up; the tasks that were done are kept in `cache`.
 
     Returns:
         one row a question, in the order of `questions`: question_id, seen_gif_sha256 and `RESULT_COLUMNS`. `scores`
         are the summed log-probabilities of the candidates: the options, the numbers 1 to 10, or for FrameQA the
         generated answer; `confidence` is the probability that the model gives its own prediction.
     """
+    ends = time.monotonic() + deadline
     questions = questions.reset_index(drop=True)
     seen = questions["gif_sha256"] if shuffle_seed is None else shuffle_gifs(questions, shuffle_seed)["gif_sha256"]
     asked = questions.assign(seen_gif_sha256=seen)
@@ -109,7 +118,7 @@ def predict(
         part = cache / f"{task}.parquet" if cache is not None else None
         answers = _finished(part, rows)
         if answers is None:
-            answers = _predict_task(model, rows, features, config, groups, vocabulary, f"{description}: {task}")
+            answers = _predict_task(model, rows, features, config, groups, vocabulary, f"{description}: {task}", ends)
             if part is not None:
                 save_predictions(answers, part)
         parts.append(answers)
@@ -127,7 +136,7 @@ def _finished(part: Path | None, rows: pd.DataFrame) -> pd.DataFrame | None:
     return answers if same else None
 
 
-def _predict_task(model, rows, features, config, groups, vocabulary, description) -> pd.DataFrame:
+def _predict_task(model, rows, features, config, groups, vocabulary, description, ends) -> pd.DataFrame:
     task = rows["task"].iloc[0]
     gifs = rows["seen_gif_sha256"].tolist()
     options = [list(options) for options in rows["options"]]
@@ -143,6 +152,8 @@ def _predict_task(model, rows, features, config, groups, vocabulary, description
     results: dict[int, dict] = {}
     with tqdm(total=len(rows), desc=description, unit="question") as progress:
         for batch in token_batches(lengths, config.batch_tokens):
+            if time.monotonic() > ends:
+                raise DeadlineReached(f"time is up in {description}: the tasks before it are kept")
             video = features.fetch([gifs[i] for i in batch], groups) if model.video else (None, None)
             batch_prompts = [prompts[i] for i in batch]
             if candidates is None:

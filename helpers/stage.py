@@ -27,11 +27,12 @@ from helpers.workspace import machine, package_versions, repo_root, runs_root
 SPEED_ONLY = {  # profile keys that change how fast a stage runs, not what it makes
     "data": {"workers"},
     "encoder": {"batch_groups"},
-    "training": {"checkpoint_minutes", "log_steps"},
+    "training": {"checkpoint_minutes", "log_steps", "gradient_checkpointing"},
     "evaluation": {"batch_tokens"},
 }
 COMMON_PARAMETERS = ("profile", "run", "overrides")
-HASHED_BYTES = 256_000_000  # a path parameter larger than this is compared by names, sizes and times only
+HASHED_BYTES = 256_000_000  # a path parameter larger than this is not read whole
+END_BYTES = 1 << 16  # read at each end of a file in a larger folder
 LOCK_PATIENCE = 10.0  # seconds; a kernel whose runner was killed needs a moment to notice and end
 
 
@@ -122,18 +123,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def find_stage(run_folder: Path, name: str) -> Path:
-    """Return the folder of stage `name`: the run's own, else that of the run that it builds on."""
-    own = run_folder / name
-    note = run_folder / "upstream"
-    if not (own / "stage.json").is_file() and note.is_file():
-        other = run_folder.parent / note.read_text(encoding="utf-8").strip() / name
-        if (other / "stage.json").is_file():
-            return other
-    return own
+    """Return the folder of stage `name`: the run's own, else that of the run that it builds on, and so forth."""
+    own, seen = run_folder / name, {run_folder}
+    while not (run_folder / name / "stage.json").is_file():
+        note = run_folder / "upstream"
+        if not note.is_file():
+            return own
+        run_folder = run_folder.parent / note.read_text(encoding="utf-8").strip()
+        if run_folder in seen:
+            return own
+        seen.add(run_folder)
+    return run_folder / name
 
 
 def fingerprint(path: Path) -> str:
-    """Hash a file's or a folder's content; above 256 MB names, sizes and times stand for the content."""
+    """Hash a file's or a folder's content; above 256 MB names, sizes and each file's ends stand for the content."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     small = sum(file.stat().st_size for file in files) <= HASHED_BYTES
     digest = hashlib.sha256()
@@ -141,8 +145,15 @@ def fingerprint(path: Path) -> str:
         stat = file.stat()
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
         digest.update(f"{name}\0{stat.st_size}\0".encode())
-        digest.update(file.read_bytes() if small else str(stat.st_mtime_ns).encode())
+        digest.update(file.read_bytes() if small else _ends(file))
     return digest.hexdigest()[:16]
+
+
+def _ends(file: Path) -> bytes:
+    with file.open("rb") as content:
+        start = content.read(END_BYTES)
+        content.seek(max(END_BYTES, file.stat().st_size - END_BYTES))
+        return start + content.read()
 
 
 def _parameter(value: Any) -> Any:
@@ -158,8 +169,10 @@ def stage_settings(
     """Return everything that decides whether a finished stage can stand: compared key by key, and hashed as its key."""
     sections = {}
     for name in spec.sections:
-        if name != "shapes" or profile.data.corpus == "shapes":
-            sections[name] = getattr(profile, name).model_dump(exclude=SPEED_ONLY.get(name))
+        section, _, key = name.partition(".")
+        if section != "shapes" or profile.data.corpus == "shapes":
+            values = getattr(profile, section).model_dump(exclude=SPEED_ONLY.get(section))
+            sections[name] = values[key] if key else values
     inputs = {}
     for name in spec.inputs:
         manifest = read_manifest(find_stage(run_folder, name))

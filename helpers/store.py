@@ -10,6 +10,7 @@ Lance is not fork-safe: GIFs are decoded in spawned processes, which never open 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ from tqdm.auto import tqdm
 from helpers.corpora import Corpus, reject_table
 from helpers.fetch import FetchError, fetch_all
 from helpers.gifs import GifRejected, Limits, decode, decode_frames, encode_frames, read_gif
-from helpers.workspace import require_disk
+from helpers.workspace import DeadlineReached, require_disk
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +97,12 @@ class Cached:
 # ---------------------------------------------------------------------------------------------- frame shards
 
 
-def shard_gifs(corpus: Corpus, folder: Path | str, data: "DataConfig", frames_per_group: int = 16) -> Sharded:
+def shard_gifs(
+    corpus: Corpus, folder: Path | str, data: "DataConfig", frames_per_group: int = 16, deadline: float = math.inf
+) -> Sharded:
     """Decode the GIFs that a corpus asks about into numbered frame shards; goes on where a killed run stopped.
+
+    deadline: seconds from now after which no more GIFs are decoded.
 
     Shard k holds the k-th `data.shard_size` of the GIF names in alphabetical order. Files of equal bytes are stored
     once, under the first of their names. Sources that are URLs are fetched and their bytes dropped once decoded.
@@ -108,8 +113,9 @@ def shard_gifs(corpus: Corpus, folder: Path | str, data: "DataConfig", frames_pe
     Raises:
         StoreError: the folder holds shards of other settings or GIFs, or no question is left.
         workspace.DiskFull: the estimated size exceeds the free space.
+        workspace.DeadlineReached: the time was up before the last shard was done; what is decoded is kept.
     """
-    folder = Path(folder)
+    folder, ends = Path(folder), time.monotonic() + deadline
     names = sorted(set(corpus.questions.gif) & set(corpus.gifs))
     if not names:
         raise StoreError(f"The corpus {corpus.name} names no GIF that was found: nothing to shard. See its rejects.")
@@ -128,7 +134,7 @@ def shard_gifs(corpus: Corpus, folder: Path | str, data: "DataConfig", frames_pe
         for k, shard in enumerate(shards):
             if k in todo:
                 sources = {name: corpus.gifs[name] for name in shard}
-                _fill_journal(_journal_path(folder, k), sources, data, decoders, known, progress)
+                _fill_journal(_journal_path(folder, k), sources, data, decoders, known, progress, ends)
                 _finish_shard(folder, k)
                 _require_measured_space(folder, shards, k)
             else:
@@ -265,7 +271,13 @@ def _journal_size(folder: Path, k: int) -> int:
 
 
 def _fill_journal(
-    path: Path, sources: dict[str, str], data: "DataConfig", decoders: "_Decoders", known: set[str], progress: tqdm
+    path: Path,
+    sources: dict[str, str],
+    data: "DataConfig",
+    decoders: "_Decoders",
+    known: set[str],
+    progress: tqdm,
+    ends: float,
 ) -> None:
     """Decode what a shard's journal lacks, in the order of names, so that the first of equal files is stored."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,6 +305,10 @@ def _fill_journal(
         if len(rows) >= BATCH_GIFS or time.monotonic() - committed > BATCH_SECONDS:
             commit()
             rows, committed = [], time.monotonic()
+        if time.monotonic() > ends:
+            if rows:
+                commit()
+            raise DeadlineReached(f"time is up: {progress.n:,} of {progress.total:,} GIFs are decoded and kept")
     if rows:
         commit()
 
@@ -326,16 +342,28 @@ def _write_sorted(source: lance.LanceDataset, order: np.ndarray, schema: pa.Sche
 
 
 def _with_bytes(sources: list[tuple[str, str]], data: "DataConfig") -> Iterator[tuple[str, str | bytes, str | None]]:
-    """Yield (name, path or bytes, reason it failed) in the order given; URLs are fetched a few ahead."""
+    """Yield (name, path or bytes, reason it failed) in the order given; URLs are fetched a few ahead.
+
+    What failed for a reason that may pass is tried once more at the end, and given up only then.
+    """
     urls = [(name, source) for name, source in sources if _is_url(source)]
     fetched = fetch_all(urls, max_bytes=data.max_bytes)
+    late: list[tuple[str, str]] = []
     for name, source in sources:
         if not _is_url(source):
             yield name, source, None
             continue
         _, result = next(fetched)
-        failed = isinstance(result, FetchError)
-        yield name, b"" if failed else result, str(result) if failed else None
+        if isinstance(result, FetchError) and result.transient:
+            late.append((name, source))
+        else:
+            yield _fetched(name, result)
+    for name, result in fetch_all(late, max_bytes=data.max_bytes, give_up_after=len(late) + 1):
+        yield _fetched(name, result)
+
+
+def _fetched(name: str, result: bytes | FetchError) -> tuple[str, bytes, str | None]:
+    return (name, b"", str(result)) if isinstance(result, FetchError) else (name, result, None)
 
 
 def _decode_source(gif: str, source: str | bytes, failure: str | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -354,6 +382,8 @@ def _decode_source(gif: str, source: str | bytes, failure: str | None, settings:
         )
     except GifRejected as error:
         return {"gif": gif, "reason": error.reason}
+    except OSError as error:  # a fault of the disk or of a mounted drive
+        return {"gif": gif, "reason": f"cannot read it: {error}"}
     quality = {"quality": settings["jpeg_quality"]} if settings["jpeg_quality"] else {}
     return {
         "gif": gif,
@@ -564,7 +594,12 @@ def feature_schema(dim: int, frames_key: str) -> pa.Schema:
 
 
 def cache_features(
-    frames_folder: Path | str, out: Path | str, encoder: "torch.nn.Module", data: "DataConfig", batch_groups: int
+    frames_folder: Path | str,
+    out: Path | str,
+    encoder: "torch.nn.Module",
+    data: "DataConfig",
+    batch_groups: int,
+    deadline: float = math.inf,
 ) -> Cached:
     """Encode every view of every distinct GIF once, and keep the frame embeddings in the table `out`.
 
@@ -575,11 +610,13 @@ def cache_features(
     encoder: .key, .embed_dim, .frames_per_group, .image_size and
         forward(uint8 [B, F, H, W, 3], lengths [B]) -> [B, F, D], on the device and in the dtype to compute with.
     data: `workers` threads decompress frames ahead of the encoder.
+    deadline: seconds from now after which no more batches are encoded.
 
     Raises:
         StoreError: the encoder does not fit the frames, an embedding is not finite, or `out` holds rows of another
             encoder or of other frames.
         workspace.DiskFull: the table does not fit.
+        workspace.DeadlineReached: the time was up before the last GIF was encoded; what is encoded is kept.
     """
     started = time.monotonic()
     table, out = FrameTable(frames_folder), Path(out)
@@ -595,7 +632,7 @@ def cache_features(
         require_disk(out.parent, round(gigabytes, 3), f"Caching the features of {len(table):,} GIFs")
         if out.exists():
             os.replace(out, work)
-        _encode_missing(table, plan, missing, encoder, work, schema, data.workers)
+        _encode_missing(table, plan, missing, encoder, work, schema, data.workers, started + deadline)
         done = _open(work)
         order = np.argsort(np.array(done.to_table(columns=["gif_sha256"])["gif_sha256"].to_pylist(), dtype=object))
         _write_sorted(done, order, schema, out)
@@ -669,6 +706,7 @@ def _encode_missing(
     path: Path,
     schema: pa.Schema,
     workers: int,
+    ends: float,
 ) -> None:
     """Encode the batches that hold a missing GIF and upsert its rows, `BATCH_GIFS` to a commit."""
     batches = plan.batches_of(missing)
@@ -691,6 +729,9 @@ def _encode_missing(
             if len(finished) >= BATCH_GIFS or time.monotonic() - committed > BATCH_SECONDS:
                 upsert_features(path, finished, schema)
                 finished, committed = [], time.monotonic()
+            if time.monotonic() > ends and progress.n < progress.total:
+                upsert_features(path, finished, schema)
+                raise DeadlineReached(f"time is up: {progress.n:,} of {progress.total:,} groups are encoded and kept")
         upsert_features(path, finished, schema)
 
 

@@ -40,14 +40,14 @@ from helpers.stage import (
     stage_settings,
     suite_file,
 )
-from helpers.workspace import DiskFull, repo_root, require_disk, runs_root
+from helpers.workspace import DeadlineReached, DiskFull, repo_root, require_disk, runs_root
 
 DONE, FAILED, REFUSED, PAUSED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """exit codes:
   0    done: every stage asked for is complete
   1    a notebook failed; its name, cell and error are printed. A kernel that died (often: out of memory) counts too
-  2    refused before a kernel started: bad usage, parameter or profile; another run at work on the same run folder;
-       a stage finished with other settings; an upstream stage missing; too little disk
+  2    refused before the stage's kernel started: bad usage, parameter or profile; another run at work on the same
+       run folder; a stage finished with other settings; an upstream stage missing; too little disk
   75   paused: a deadline passed or an upstream stage is only partly done; the command that goes on is printed
   130  interrupted by Ctrl-C; the same command goes on"""
 COMMANDS = """commands (each has its own --help):
@@ -67,6 +67,10 @@ examples:
 
 class Failed(RuntimeError):
     """A notebook that did not finish its stage."""
+
+
+class Paused(RuntimeError):
+    """A notebook that stopped at the deadline; what it has done is kept."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +216,7 @@ def _user_inputs(args: argparse.Namespace) -> tuple[dict[str, dict[str, str]], d
     if bool(args.gifs) != bool(args.qa):
         raise ConfigError("--gifs and --qa belong together: --gifs FOLDER --qa FILE.csv")
     if args.gifs:
-        remote = "://" in args.gifs
-        data = {"gifs": args.gifs if remote else _existing(args.gifs, "--gifs"), "qa": _existing(args.qa, "--qa")}
+        data = {"gifs": _existing(args.gifs, "--gifs"), "qa": _existing(args.qa, "--qa")}
         if Path(data["qa"]).is_file():  # a folder of question files belongs to the profile's own corpus
             overrides["data.corpus"] = "own_gifs"
         if args.bundle and args.holdout is None:
@@ -227,7 +230,7 @@ def _user_inputs(args: argparse.Namespace) -> tuple[dict[str, dict[str, str]], d
         bundle = _existing(args.bundle, "--bundle")
         if not (Path(bundle) / "bundle.json").is_file():
             raise ConfigError(f"--bundle {args.bundle} holds no bundle.json; give the folder that notebook 03 made")
-        parameters["03_adapter_training"] = parameters["04_evaluation"] = {"bundle": bundle}
+        parameters["03_adapter_training"] = {"bundle": bundle}
     return parameters, overrides
 
 
@@ -351,8 +354,9 @@ def _environment(plan: Plan, deadline: float | None) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True)
-        # above warnings: the kernel would warn of every plain TCP connection, which never leaves this machine
-        spec.write_text(json.dumps(get_kernel_dict(extra_arguments=["--log-level=40"])))
+        # above errors, since a kernel reports as one the interrupt with which it is shut down; errors of cells come by
+        # another way, and a kernel that dies is noticed
+        spec.write_text(json.dumps(get_kernel_dict(extra_arguments=["--log-level=50"])))
         before = dict(os.environ)
         os.environ |= {
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -384,7 +388,7 @@ def _first_line(source: str) -> str:
 
 
 def execute(plan: Plan, spec: StageSpec) -> None:
-    """Run one notebook in a fresh kernel and save it, executed, in the stage's folder; raises Failed."""
+    """Run one notebook in a fresh kernel and save it, executed, in the stage's folder; raises Failed or Paused."""
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
@@ -407,6 +411,8 @@ def execute(plan: Plan, spec: StageSpec) -> None:
             start_timeout=300,
         )
     except PapermillExecutionError as error:
+        if error.ename == DeadlineReached.__name__:
+            raise Paused(error.evalue) from error
         at = f"cell [{error.exec_count}]: {_first_line(error.source)}"
         trace = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in error.traceback).splitlines()
         shown = "\n".join(trace if len(trace) <= 40 else ["...", *trace[-40:]])
@@ -434,11 +440,18 @@ def _check_manifest(plan: Plan, spec: StageSpec, before: int | None) -> dict[str
 
 
 def _set_aside(folder: Path) -> Path:
-    """Move a stage's folder aside, so that a forced run that fails has lost nothing."""
+    """Move a stage's folder aside, so that a forced run that fails has lost nothing.
+
+    What was set aside before makes way for a finished stage only, not for what a failed run left.
+    """
     previous = folder.with_name(f"{folder.name}.previous")
     hold_lock(folder / ".lock", f"{folder.name} of run {folder.parent.name!r}")
     release_lock(folder / ".lock")
     if previous.exists():
+        manifest = read_manifest(folder)
+        if not manifest or manifest["status"] != "complete":
+            shutil.rmtree(folder)
+            return previous
         shutil.rmtree(previous)
     folder.rename(previous)
     return previous
@@ -495,6 +508,9 @@ def run_stage(plan: Plan, spec: StageSpec, place: str) -> int:
     try:
         execute(plan, spec)
         status = _check_manifest(plan, spec, before)["status"]
+    except Paused as pause:
+        print(f"  {spec.name}: {pause}", flush=True)
+        return PAUSED
     except Failed as error:
         kept = f"\nThe earlier result is kept in {previous}" if previous and not spec.always else ""
         raise Failed(f"{error}{kept}") from error
@@ -594,14 +610,16 @@ def make_shapes(arguments: Sequence[str]) -> int:
     """Write a fresh built-in world in the own-GIFs format (GIF files and qa.csv)."""
     parser = argparse.ArgumentParser(prog="run_all.sh make-shapes", description=make_shapes.__doc__)
     parser.add_argument("--seed", type=int, default=1, help="another seed, another world (default: 1)")
-    parser.add_argument("--train", type=int, default=2000, help="training GIFs (default: 2000)")
-    parser.add_argument("--test", type=int, default=400, help="test GIFs (default: 400)")
+    parser.add_argument("--train", type=int, default=2000, help="training GIFs, an even number (default: 2000)")
+    parser.add_argument("--test", type=int, default=400, help="test GIFs, an even number (default: 400)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must be new or empty")
     args = parser.parse_args(arguments)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"--out {args.out} is not an empty folder")
     if args.seed < 0 or args.train < 0 or args.test < 0 or args.train + args.test == 0:
         parser.error("--seed, --train and --test must not be negative, and there must be at least one GIF")
+    if args.train % 2 or args.test % 2:
+        parser.error("--train and --test must be even: GIFs come in pairs that answer the same questions differently")
     write_own_gifs = importlib.import_module("helpers.corpora.shapes").write_own_gifs
     write_own_gifs(args.out, seed=args.seed, train=args.train, test=args.test)
     print(f"Wrote {args.train + args.test} GIFs and their questions to {args.out}")

@@ -44,6 +44,7 @@ IGNORED = -100  # label of a token without loss, the convention of torch's cross
 PARTS = {"mit": "learning_rate_mit", "connector": "learning_rate_connector", "language_model": "learning_rate_lora"}
 TENSORS, HISTORY, META, STATE = "trainable.safetensors", "history.parquet", "checkpoint.json", "trainer_state.json"
 KEPT_CHECKPOINTS = 2
+PACING = {"checkpoint_minutes", "log_steps", "gradient_checkpointing"}  # settings that do not change the result
 SAVE_MARGIN = 3  # saves that must still fit before the deadline: disks on free machines slow down without warning
 SLOW_DISK = 50e6  # bytes a second, assumed until a save has been timed
 
@@ -62,6 +63,14 @@ class CheckpointError(TrainingError):
 def target_answer(task: str, answer: str, label: int) -> str:
     """Text that a question is trained on: TGIF-QA's count code 0 ("once") is the number 1, all else is the answer."""
     return str(max(int(label), 1)) if task == "count" else answer
+
+
+def hold_out(questions: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split questions by GIF: those to train on, and those about a random `share` of the GIFs, to watch the loss on."""
+    gifs = np.sort(questions["gif_sha256"].unique())
+    kept_out = np.random.default_rng(seed).permutation(gifs)[: round(share * len(gifs))]
+    held = questions["gif_sha256"].isin(kept_out)
+    return questions[~held], questions[held]
 
 
 class QADataset(Dataset):
@@ -282,7 +291,7 @@ def fingerprint(model: nn.Module, dataset: QADataset, features: Any, config: Any
         "video": bool(model.video),
         "language_model": config.language_model.model_dump(mode="json"),
         "connector": config.connector.model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json", exclude={"checkpoint_minutes", "log_steps"}),
+        "training": config.training.model_dump(mode="json", exclude=PACING),
         "parameters": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
         "questions": dataset.digest(),
     }
@@ -655,6 +664,7 @@ class TrainResult:
     def summary(self) -> dict[str, float]:
         """Numbers for a table or a bundle; losses (nats) are means over the first and last twentieth of the steps."""
         part = max(1, self.steps // 20)
+        watched = self.history["eval_loss"].dropna()
         return {
             "steps": self.steps,
             "epochs": round(self.epochs, 3),
@@ -664,6 +674,7 @@ class TrainResult:
             "padding_waste": round(self.waste, 4),
             "first_loss": float(self.history["loss"].iloc[:part].mean()),
             "last_loss": float(self.history["loss"].iloc[-part:].mean()),
+            **({"validation_loss": float(watched.iloc[-1])} if len(watched) else {}),
         }
 
 
@@ -683,8 +694,8 @@ def train(
     `config` is the profile. `folder` gets checkpoints/, tensorboard/ and history.parquet; a run found there goes on
     exactly where its newest checkpoint stands, and a finished one is only loaded. `deadline` is in seconds from now:
     the run stops before it, saves and returns 'partial', as it does on SIGTERM; on Ctrl-C it saves, then raises
-    KeyboardInterrupt. `eval_questions` get their mean loss measured at the end of each epoch. A model without video
-    (`model.video` False) is trained on the same batches as one with video.
+    KeyboardInterrupt. `eval_questions` (if any) get their mean loss measured at the end of each epoch. A model without
+    video (`model.video` False) is trained on the same batches as one with video.
 
     Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
     of other settings or data, TrainingError if the loss diverges.
@@ -708,10 +719,12 @@ def train(
     elif time.perf_counter() < ends:
         pad = model.tokenizer.pad_token_id
         collator = Collator(features if model.video else None, pad if pad is not None else model.tokenizer.eos_token_id)
+        if config.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         trainer = AdapterTrainer(model, plan, dataset, collator, config, folder, identity)
         trainer.recorder = recorder
         evaluate = None
-        if eval_questions is not None:
+        if eval_questions is not None and len(eval_questions):
             rows = QADataset(model, eval_questions, options_in_prompt=in_prompt)
             evaluate = _evaluator(trainer, rows, features, config)
         _run(trainer, path, config, ends, evaluate, progress, folder)
@@ -758,6 +771,7 @@ def _run(
             trainer.display.close()
         # Takes the autocast wrapper off again, so that the model is left as it came.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trainer.remove_callback(RunControl)  # it refers back to the trainer, and so would keep the model in memory
     if signal.SIGINT in signals:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; saved, so running again goes on")
 

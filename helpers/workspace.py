@@ -1,11 +1,14 @@
 """Where the suite runs: platform, folders, model weights, device, precision and disk."""
 
+import gc
+import json
 import logging
 import os
 import platform as host
 import re
 import shutil
 import warnings
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_WORKING = Path("/kaggle/working")
 KAGGLE_SCRATCH = Path("/kaggle/temp")
+MODEL_DEPTH = 8  # folders between /kaggle/input and a model's config.json: models/owner/name/framework/variation/1
 COLAB_CONTENT = Path("/content")
 PACKAGES = (  # what a result can depend on; recorded with every stage
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "huggingface_hub", "safetensors",
@@ -29,6 +33,10 @@ class ModelNotFound(FileNotFoundError):
 
 class DiskFull(OSError):
     """A folder without the room that the next step needs."""
+
+
+class DeadlineReached(RuntimeError):
+    """Work that stopped because its time was up; the message tells what is kept. The same call goes on from there."""
 
 
 def platform() -> str:
@@ -86,6 +94,15 @@ def device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def free_memory() -> None:
+    """Give back the memory of models that were deleted: a Trainer and its model refer to each other in circles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def compute_dtype(device: "torch.device") -> "torch.dtype":
@@ -151,6 +168,13 @@ def require_disk(path: Path | str, gigabytes: float, what: str) -> None:
         )
 
 
+@cache
+def _attached_configs(folder: Path) -> list[Path]:
+    """All config.json files in attached inputs that lie at most eight folders deep, where attached models end."""
+    depths = ["/".join(["*"] * depth + ["config.json"]) for depth in range(1, MODEL_DEPTH + 1)]
+    return sorted(path for depth in depths for path in folder.glob(depth))
+
+
 def _attached_model(model_id: str) -> Path | None:
     """Find a model attached on Kaggle: a folder with config.json whose path carries all words of the model's name.
 
@@ -159,7 +183,7 @@ def _attached_model(model_id: str) -> Path | None:
     """
     words = set(re.split(r"[^a-z0-9.]+", model_id.split("/")[-1].lower()))
     found = []
-    for config in sorted(KAGGLE_INPUT.glob("**/config.json")) if KAGGLE_INPUT.is_dir() else []:
+    for config in _attached_configs(KAGGLE_INPUT):
         have = set(re.split(r"[^a-z0-9.]+", str(config.parent.relative_to(KAGGLE_INPUT)).lower()))
         if words <= have and ("instruct" in have) == ("instruct" in words):
             found.append(config.parent)
@@ -167,6 +191,14 @@ def _attached_model(model_id: str) -> Path | None:
         listing = "\n  ".join(map(str, found))
         raise ModelNotFound(f"Several attached folders look like {model_id}; detach all but one:\n  {listing}")
     return found[0] if found else None
+
+
+def _has_all_weights(folder: Path, pattern: str) -> bool:
+    """Whether the weights are there, and all of them where an index names several: a download may have been cut."""
+    index = next(folder.glob(f"{pattern}.index.json"), None)
+    if index is None:
+        return any(folder.glob(pattern))
+    return all((folder / name).is_file() for name in set(json.loads(index.read_text())["weight_map"].values()))
 
 
 def _hub_model(model_id: str, revision: str | None) -> str:
@@ -181,9 +213,9 @@ def _hub_model(model_id: str, revision: str | None) -> str:
             folder = snapshot_download(model_id, revision=revision, local_files_only=True, **patterns)
         except LocalEntryNotFoundError:
             folder = None
-        if folder is None or not any(Path(folder).glob(weights[0])):
+        if folder is None or not _has_all_weights(Path(folder), weights[0]):
             folder = snapshot_download(model_id, revision=revision, **patterns)
-        if any(Path(folder).glob(weights[0])):
+        if _has_all_weights(Path(folder), weights[0]):
             return folder
     raise FileNotFoundError(f"the hub's {model_id} has neither safetensors nor pytorch_model.bin files")
 
@@ -220,6 +252,7 @@ def find_model(model_id: str, revision: str | None = None) -> str:
             f"  2. Hugging Face: accept the licence at https://huggingface.co/{model_id} if it is gated, then run "
             "`hf auth login` or set HF_TOKEN.\n"
             f"  3. Without network: put config.json, tokenizer and safetensors files into {local}, or give a folder: "
-            "-p language_model.model FOLDER (encoder: -p encoder.model FOLDER).\n"
+            "-p language_model.model FOLDER (encoder: -p encoder.model FOLDER; in Python the arguments language_model "
+            "and video_model).\n"
             "  4. No weights at all: --profile tiny uses the models that ship with the suite."
         ) from error

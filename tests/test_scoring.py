@@ -14,6 +14,7 @@ from helpers import scoring
 from helpers.config import load_profile
 from helpers.corpora import tgif_qa
 from helpers.models.gif_qa import GifQAModel
+from helpers.workspace import DeadlineReached
 
 CONFIG = SimpleNamespace(batch_tokens=60, options_in_prompt=False, num_beams=1)
 
@@ -158,6 +159,24 @@ def test_options_reach_the_prompt_only_where_the_profile_asks():
         config = SimpleNamespace(batch_tokens=500, options_in_prompt=flag, num_beams=1)
         scoring.predict(Recorder(), world(3), FakeFeatures(), config, groups=1)
         assert sum(options is not None for options in seen) == (6 if flag else 0)  # action and transition of 3 GIFs
+
+
+def test_a_deadline_keeps_the_tasks_that_were_done(tmp_path, monkeypatch):
+    questions, clock = world(8), [0.0]
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: clock[0])
+
+    class Slow(FakeModel):
+        def score(self, prompts, *rest):
+            clock[0] += 1.0 if len(rest[0][0]) == 5 else 0.0  # a batch of multiple-choice questions takes a second
+            return super().score(prompts, *rest)
+
+    options = {"groups": 1, "cache": tmp_path, "description": "main"}
+    with pytest.raises(DeadlineReached, match="time is up in main"):
+        scoring.predict(Slow(), questions, FakeFeatures(), CONFIG, **options, deadline=0.5)
+    done = {path.stem for path in tmp_path.iterdir()}
+    assert "count" in done and done < set(scoring.TASKS)
+    expected = scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1)
+    pd.testing.assert_frame_equal(scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, **options), expected)
 
 
 def test_blind_model_never_fetches_frames():

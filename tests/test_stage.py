@@ -23,7 +23,8 @@ repository: null
 stages:
   - {name: one, title: One, about: a, needs: b, makes: c, sections: [data, shapes], contract: 1,
      minutes: {tiny: 1}, gigabytes: {tiny: 0.01}}
-  - {name: two, title: Two, about: a, needs: b, makes: c, inputs: [one], sections: [encoder, training], contract: 1,
+  - {name: two, title: Two, about: a, needs: b, makes: c, inputs: [one],
+     sections: [encoder, training, evaluation.options_in_prompt], contract: 1,
      minutes: {tiny: 1}, gigabytes: {tiny: 0.01}}
 """
 
@@ -120,9 +121,16 @@ def test_only_what_decides_the_result_is_compared():
         return stage_settings(spec, load_profile("tiny", overrides), {}, folder)
 
     plain = settings({})
-    for key, value in [("training.log_steps", 1), ("encoder.batch_groups", 1), ("data.workers", 1), ("shapes.seed", 9)]:
+    for key, value in [
+        ("training.log_steps", 1),
+        ("encoder.batch_groups", 1),
+        ("data.workers", 1),
+        ("shapes.seed", 9),
+        ("evaluation.seed", 9),
+    ]:
         assert settings({key: value}) == plain
-    for key, value in [("training.epochs", 9), ("encoder.revision", "x"), ("training.seed", 9)]:
+    changed = {"training.epochs": 9, "encoder.revision": "x", "evaluation.options_in_prompt": True}
+    for key, value in changed.items():
         assert settings({key: value}) != plain
 
 
@@ -164,7 +172,7 @@ def test_path_parameters_count_by_content(world):
         Stage("one", profile="tiny", parameters={"gifs": str(world / "moved")})
 
 
-def test_fingerprint_of_large_content_uses_sizes_and_times(world, monkeypatch):
+def test_fingerprint_of_large_content_uses_sizes_and_ends(world, monkeypatch):
     path = world / "big.bin"
     path.write_bytes(b"abc")
     exact = fingerprint(path)
@@ -173,7 +181,9 @@ def test_fingerprint_of_large_content_uses_sizes_and_times(world, monkeypatch):
     monkeypatch.setattr(stages, "HASHED_BYTES", 2)
     rough = fingerprint(path)
     os.utime(path, (2, 2))
-    assert rough != exact and fingerprint(path) != rough
+    assert fingerprint(path) == rough  # a copy on another disk is still the same input
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert fingerprint(path) != rough
 
 
 def test_upstream_run_lends_its_stages(world):
@@ -181,6 +191,11 @@ def test_upstream_run_lends_its_stages(world):
     (world / "runs" / "second").mkdir()
     (world / "runs" / "second" / "upstream").write_text("tiny\n")
     assert Stage("two", profile="tiny", run="second").input("one") == lent
+    (world / "runs" / "third").mkdir()
+    (world / "runs" / "third" / "upstream").write_text("second\n")
+    assert Stage("two", profile="tiny", run="third").input("one") == lent
+    (world / "runs" / "tiny" / "upstream").write_text("third\n")  # round in a circle
+    assert stages.find_stage(world / "runs" / "third", "two") == world / "runs" / "third" / "two"
 
 
 def test_seconds_add_up_over_a_pause():

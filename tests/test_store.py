@@ -22,10 +22,11 @@ from torch import nn
 from helpers import store
 from helpers.config import DataConfig
 from helpers.corpora import Corpus, question_row, question_table, reject_table
+from helpers.fetch import FetchError
 from helpers.gifs import decode
 from helpers.models.xclip import FrameEncoder, load_xclip
 from helpers.store import FeatureTable, FrameTable, StoreError, cache_features, read_questions, shard_gifs
-from helpers.workspace import DiskFull
+from helpers.workspace import DeadlineReached, DiskFull
 
 SIZE = 32
 
@@ -265,6 +266,30 @@ def test_shards_of_other_settings_are_refused(tmp_path, corpus, changes, named):
     assert same(before, all_rows(tmp_path / "01"))
 
 
+def test_a_deadline_keeps_what_is_decoded_and_the_next_call_goes_on(tmp_path, corpus):
+    shard_gifs(corpus, tmp_path / "whole", data_config())
+    with pytest.raises(DeadlineReached, match="1 of 7 GIFs"):
+        shard_gifs(corpus, tmp_path / "parts", data_config(), deadline=0)
+    with pytest.raises(DeadlineReached, match="2 of 7 GIFs"):
+        shard_gifs(corpus, tmp_path / "parts", data_config(), deadline=0)
+    assert not (tmp_path / "parts" / "questions.parquet").exists()
+    shard_gifs(corpus, tmp_path / "parts", data_config())
+    assert same(all_rows(tmp_path / "whole"), all_rows(tmp_path / "parts"))
+
+
+def test_a_file_that_the_disk_cannot_read_is_rejected_and_the_others_go_on(tmp_path, corpus, monkeypatch):
+    real = store.read_gif
+
+    def read_gif(source, max_bytes):
+        if str(source).endswith("d.gif"):
+            raise OSError(5, "Input/output error")
+        return real(source, max_bytes)
+
+    monkeypatch.setattr(store, "read_gif", read_gif)
+    made = shard_gifs(corpus, tmp_path / "01", data_config())
+    assert made.gifs == 6 and "Input/output error" in made.sources.set_index("gif").reason["d.gif"]
+
+
 def test_a_full_disk_is_said_before_anything_is_decoded(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr("helpers.workspace.free_gigabytes", lambda _: 1e-6)
     monkeypatch.setattr(store, "_decode_source", lambda *_: pytest.fail("decoded"))
@@ -309,6 +334,26 @@ def test_urls_are_fetched_and_dead_links_and_stills_rejected(tmp_path, corpus):
     assert made.gifs == 5
 
 
+def test_what_the_network_denied_is_tried_again_at_the_end(tmp_path, corpus, monkeypatch):
+    asked = []
+
+    def fetch_all(urls, **_):
+        for name, _ in urls:
+            asked.append(name)
+            gone, busy = name == "g.gif", name in ("b.gif", "c.gif")
+            if gone or (busy and (name == "c.gif" or asked.count(name) == 1)):
+                yield name, FetchError("HTTP status 404" if gone else "HTTP status 503", transient=busy)
+            else:
+                yield name, Path(corpus.gifs[name]).read_bytes()
+
+    monkeypatch.setattr("helpers.store.fetch_all", fetch_all)
+    gifs = {name: f"http://host/{name}" for name in corpus.gifs}
+    made = shard_gifs(Corpus("web", corpus.questions, gifs, corpus.rejects), tmp_path / "01", data_config())
+    reasons = {row.gif: row.reason for row in made.sources.itertuples() if row.reason}
+    assert reasons["g.gif"] == "HTTP status 404" and reasons["c.gif"] == "HTTP status 503" and "b.gif" not in reasons
+    assert asked.count("g.gif") == 1 and asked.count("b.gif") == asked.count("c.gif") == 2
+
+
 # ------------------------------------------------------------------------------------------------ features
 
 
@@ -345,6 +390,16 @@ def test_features_equal_a_plain_loop_at_every_view(tmp_path, frames_folder, file
             frames, lengths = table.fetch([sha], groups)
             assert frames.dtype == np.float16 and lengths.tolist() == [len(expected)]
             np.testing.assert_allclose(frames[0], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_a_deadline_keeps_what_is_encoded_and_the_next_call_goes_on(tmp_path, frames_folder):
+    whole = cache_features(frames_folder, tmp_path / "whole.lance", Encoder(), data_config(), batch_groups=7)
+    with pytest.raises(DeadlineReached, match=f"7 of {whole.groups} groups"):
+        cache_features(frames_folder, tmp_path / "parts.lance", Encoder(), data_config(), batch_groups=7, deadline=0)
+    assert not (tmp_path / "parts.lance").exists()
+    assert 0 < len(table_rows(tmp_path / "parts.lance.unfinished")) < whole.gifs
+    cache_features(frames_folder, tmp_path / "parts.lance", Encoder(), data_config(), batch_groups=7)
+    assert table_rows(tmp_path / "whole.lance") == table_rows(tmp_path / "parts.lance")
 
 
 def test_feature_rows_keep_only_distinct_views_and_their_times(tmp_path, frames_folder, files):

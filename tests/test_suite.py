@@ -18,7 +18,7 @@ from helpers import stage as stages
 from helpers import suite as runner
 from helpers.config import ConfigError, load_profile
 from helpers.report import score_table, write_report
-from helpers.suite import PAUSED, REFUSED, Failed, main, parse_deadline
+from helpers.suite import PAUSED, REFUSED, Failed, Paused, main, parse_deadline
 from helpers.workspace import repo_root
 
 NAMES = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
@@ -26,7 +26,7 @@ PARAMETERS = {
     "01_data_sharding": "gifs = ''  # g\nqa = ''  # q\nholdout = 0.2  # h\n",
     "02_feature_caching": "",
     "03_adapter_training": "note = ''  # n\nbundle = ''  # b\n",
-    "04_evaluation": "bundle = ''  # b\n",
+    "04_evaluation": "",
 }
 
 
@@ -42,6 +42,8 @@ class World:
         action = self.act.get(spec.name, "complete")
         if action == "fail":
             raise Failed(f"{spec.name}, cell [3]: boom")
+        if action == "deadline":
+            raise Paused("time is up: 3 of 7 GIFs are decoded and kept")
         stage = stages.Stage(spec.name, plan.profile_name, plan.run, plan.overrides, plan.parameters[spec.name])
         (stage.folder / "made.txt").write_text(action)
         stage.finish({"frameqa_accuracy": 0.9, "blind_frameqa_accuracy": 0.3}, ["made.txt"], status=action)
@@ -136,6 +138,8 @@ def test_forced_run_that_fails_has_lost_nothing(world, capsys):
     assert world.run("--force", "--only", "03") == 1
     kept = world.runs / "tiny" / "03_adapter_training.previous"
     assert str(kept) in capsys.readouterr().err and (kept / "made.txt").read_text() == "complete"
+    (world.runs / "tiny" / "03_adapter_training").mkdir()  # what the failed run left
+    assert world.run("--force", "--only", "03") == 1 and (kept / "made.txt").read_text() == "complete"
     del world.act["03_adapter_training"]
     assert world.run("--only", "03") == 0 and not kept.exists()
 
@@ -148,6 +152,15 @@ def test_pause_says_how_to_go_on_and_goes_on(world, capsys):
     assert world.run("--only", "04", "-p", "training.epochs", "3") == PAUSED and world.ran == []
     world.act.clear()
     assert world.run("-p", "training.epochs", "3") == 0 and world.ran == NAMES[2:]
+
+
+def test_a_stage_that_met_its_deadline_pauses_the_run(world, capsys):
+    world.act["02_feature_caching"] = "deadline"
+    assert world.run() == PAUSED and world.ran == NAMES[:2]
+    out = capsys.readouterr().out
+    assert "02_feature_caching: time is up: 3 of 7 GIFs are decoded and kept" in out and "To go on: ./run_all.sh" in out
+    world.act.clear()
+    assert world.run() == 0 and world.ran == NAMES[1:]
 
 
 def test_failure_stops_the_run_and_is_told(world, capsys):
@@ -209,9 +222,11 @@ def test_own_gifs_reach_notebook_01_under_a_run_of_their_own(world):
 def test_folder_of_question_files_keeps_the_profiles_corpus(world):
     (world.folder / "tgif").mkdir()
     folder = str(world.folder / "tgif")
-    plan = plan_of("--profile", "kaggle", "--gifs", "https://host/list.tsv", "--qa", folder)
+    (world.folder / "list.tsv").write_text("https://host/a.gif\ta cat\n")
+    gifs = str(world.folder / "list.tsv")
+    plan = plan_of("--profile", "kaggle", "--gifs", gifs, "--qa", folder)
     assert plan.profile.data.corpus == "tgif_qa"
-    assert plan.parameters["01_data_sharding"] == {"gifs": "https://host/list.tsv", "qa": folder, "holdout": 0.2}
+    assert plan.parameters["01_data_sharding"] == {"gifs": gifs, "qa": folder, "holdout": 0.2}
 
 
 def test_given_bundle_is_scored_and_nothing_is_trained(world):
@@ -220,7 +235,7 @@ def test_given_bundle_is_scored_and_nothing_is_trained(world):
     (bundle / "bundle.json").write_text("{}")
     argv = [*own_gifs(world.folder), "--bundle", str(bundle)]
     plan = plan_of(*argv)
-    assert plan.run == "tiny-my-gifs-scored" and plan.parameters["04_evaluation"] == {"bundle": str(bundle)}
+    assert plan.run == "tiny-my-gifs-scored"
     assert plan.parameters["01_data_sharding"]["holdout"] == 1.0
     assert plan.parameters["03_adapter_training"] == {"note": "", "bundle": str(bundle)}
 
@@ -283,6 +298,12 @@ def test_help_is_complete(capsys):
     options = "--profile --run --from --only --force -p --upstream --gifs --qa --holdout --bundle --deadline"
     for part in [*options.split(), "test", "bench", "make-shapes", "readme", "75", "130"]:
         assert part in text, part
+
+
+def test_make_shapes_refuses_half_a_pair(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["make-shapes", "--test", "3", "--out", str(tmp_path / "new")])
+    assert "must be even" in capsys.readouterr().err
 
 
 def test_make_shapes_refuses_a_folder_with_files(tmp_path, capsys):

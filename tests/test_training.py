@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,11 +30,21 @@ from helpers.training import (
     train,
     video_tokens,
 )
+from helpers.workspace import free_memory
 
 
 class Section(SimpleNamespace):
     def model_dump(self, mode="json", exclude=()):
         return {k: v for k, v in vars(self).items() if k not in exclude}
+
+
+def test_held_out_gifs_are_whole_and_not_trained_on():
+    questions = toy_questions(300, 50)
+    kept, held = training.hold_out(questions, 0.1, seed=0)
+    assert held["gif_sha256"].nunique() == 5 and not set(kept["gif_sha256"]) & set(held["gif_sha256"])
+    assert len(kept) + len(held) == 300 and kept.index.union(held.index).equals(questions.index)
+    assert not held.equals(training.hold_out(questions, 0.1, seed=1)[1])
+    assert len(training.hold_out(questions, 0.0, seed=0)[1]) == 0
 
 
 def toy_config(**changes):
@@ -46,6 +57,7 @@ def toy_config(**changes):
         "weight_decay": 0.01,
         "warmup_ratio": 0.1,
         "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
         "seed": 3,
         "checkpoint_minutes": 60.0,
         "groups": [1, 2, 3],
@@ -169,6 +181,14 @@ def run(folder, world, *, video=True, **options):
     model = ToyModel(video)
     result = train(model, questions, features, config, folder, progress=False, **options)
     return model, result
+
+
+def test_a_trained_model_that_is_deleted_gives_its_memory_back(tmp_path, world):
+    model, _ = run(tmp_path, world)
+    gone = weakref.ref(model)
+    del model
+    free_memory()
+    assert gone() is None
 
 
 def newest(folder):

@@ -99,6 +99,29 @@ def test_cached_snapshot_is_used_without_network(monkeypatch, tmp_path):
     assert workspace.find_model("some/model") == str(snapshot)
 
 
+def test_cut_download_is_not_taken_for_a_model(monkeypatch, tmp_path):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    asked = []
+
+    def snapshot_download(*args, local_files_only=False, **kwargs):
+        asked.append(local_files_only)
+        if not local_files_only:
+            (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert workspace.find_model("some/model") == str(tmp_path) and asked == [True, False]
+    assert workspace.find_model("some/model") == str(tmp_path) and asked == [True, False, True]
+
+
+def test_attached_data_is_not_searched_to_its_depths(tmp_path):
+    near = attach(tmp_path, "models", "owner", "name", "transformers", "3b", "1") / "config.json"
+    attach(tmp_path, *"123456789")
+    assert workspace._attached_configs(tmp_path) == [near]
+
+
 def test_gated_model_is_one_error_with_every_way_out(monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError("403 Client Error: access to this gated model is restricted")

@@ -27,12 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, XCLIPConfig, XCLIPModel
 
-from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, _pick, make_world, write_gif
+from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, make_world, pick, write_gif
 from helpers.gifs import Limits, decode, sample_indices
 
 PRETRAIN_SEED, GATE_SEED = 770_001, 990_001  # texts use the seeds that follow as well
@@ -40,6 +41,7 @@ FRAMES, SIZE, GROUPS = 16, 64, 4
 PROMPT = "Question: {question}\nAnswer:"
 TIMES = ("never", "once", "twice", *(f"{n} times" for n in ("three", "four", "five", "six", "seven", "eight")))
 REST = "rest"
+IGNORED = -100
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -60,6 +62,8 @@ def _banks() -> dict[str, list[str]]:
 
 
 BANKS = _banks()
+# Captions of one frame as a part of the motion: rest, the start of an action, the rest of it.
+STEPS = ["it rests", *(f"it starts to {a}" for a in ACTIONS), *(f"it is still {doing}" for doing in ACTIONS.values())]
 ORDERS = list(permutations(ACTIONS, 2))
 
 
@@ -81,6 +85,15 @@ def _state_index(state: str | None) -> int:
 def runs(states: list[str | None]) -> list[str]:
     """The actions in order, one entry for each time it is done: a run of equal states counts once."""
     return [now for before, now in zip([None, *states], states, strict=False) if now is not None and now != before]
+
+
+def _step_targets(states: list[str | None]) -> list[int]:
+    """For each frame, its caption in STEPS."""
+    names = list(ACTIONS)
+    return [
+        0 if now is None else 1 + names.index(now) + (len(names) if now == before else 0)
+        for before, now in zip([None, *states], states, strict=False)
+    ]
 
 
 def _motion_targets(states: list[str | None]) -> dict:
@@ -163,7 +176,7 @@ def xclip_config(vocabulary: int, eos: int) -> XCLIPConfig:
         "num_attention_heads": 3,
         "mit_hidden_size": 128,
         "mit_intermediate_size": 384,
-        "mit_num_hidden_layers": 2,
+        "mit_num_hidden_layers": 3,
         "mit_num_attention_heads": 4,
         "image_size": SIZE,
         "patch_size": 8,
@@ -211,18 +224,13 @@ def encode_frames(model: XCLIPModel, frames: Tensor) -> Tensor:
     return model.visual_projection(pooled).view(batch, count, -1)
 
 
-def encode_groups(model: XCLIPModel, x: Tensor, mask: Tensor) -> Tensor:
-    """Frame embeddings [B, T, D] and their mask [B, T] -> video embeddings [B, D] by the masked MIT."""
+def encode_groups(model: XCLIPModel, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Frame embeddings [B, T, D] and mask [B, T] -> the masked MIT's tokens [B, T, D] and video embeddings [B, D]."""
     keys = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None, :]
     positions = model.mit.position_embedding[:, : x.shape[1]]
     hidden = model.mit.encoder(inputs_embeds=x + positions, attention_mask=keys).last_hidden_state
     hidden = (hidden + x) * mask[..., None]
-    return hidden.sum(1) / mask.sum(1, keepdim=True)
-
-
-def _aspect_loss(pictures: Tensor, bank: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    keep = targets >= 0
-    return F.cross_entropy(scale * pictures[keep] @ bank.T, targets[keep])
+    return hidden, hidden.sum(1) / mask.sum(1, keepdim=True)
 
 
 def _rate(peak: float, step: int, done: float) -> float:
@@ -237,51 +245,81 @@ def _optimizer(parameters, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
 
 
-def train_frames(model, tokenizer, scenes, gifs, minutes: float, rate: float = 1.5e-3, batch: int = 128) -> None:
-    """Step one: every frame against the captions of what it shows, in groups of 1, 4 or 16 frames of a GIF."""
-    rng = np.random.default_rng(PRETRAIN_SEED)
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+class _Progress:
+    """Share of the CPU minutes that is spent, and a line with recent accuracies every so many steps."""
+
+    def __init__(self, name: str, minutes: float, every: int) -> None:
+        self.name, self.seconds, self.every = name, 60 * minutes, every
+        self.started, self.step, self.done = time.process_time(), 0, 0.0
+        self.shown: dict[str, list[float]] = {}
+
+    def note(self, kind: str, right: Tensor) -> None:
+        if right.numel():
+            self.shown.setdefault(kind, []).append(right.float().mean().item())
+
+    def advance(self, loss: Tensor) -> None:
+        self.step, self.done = self.step + 1, (time.process_time() - self.started) / self.seconds
+        if self.step % self.every == 0:
+            accuracy = {k: round(float(np.mean(v[-self.every :])), 3) for k, v in sorted(self.shown.items())}
+            print(
+                f"{self.name}: {100 * self.done:3.0f} %, step {self.step}, loss {loss.item():.3f}, {accuracy}",
+                flush=True,
+            )
+
+
+def _aspect_loss(
+    pictures: Tensor, bank: Tensor, targets: Tensor, scale: Tensor, progress: _Progress, aspect: str
+) -> Tensor:
+    keep = targets >= 0
+    logits = scale * pictures[keep] @ bank.T
+    progress.note(aspect, logits.argmax(-1) == targets[keep])
+    return F.cross_entropy(logits, targets[keep])
+
+
+def train_frames(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate: float, batch: int = 128) -> None:
+    """Step one: every frame against the captions of what it shows, in groups of 1, 4 or 16 frames.
+
+    The frames of a group come from different GIFs, so that a frame's embedding tells of that frame: messages from the
+    others are of no use. Step two may then put frames together as it likes.
+    """
+    rng = np.random.default_rng(seed)
     for module in (model.vision_model, model.visual_projection, model.text_model, model.text_projection):
         module.requires_grad_(True)
     modules = (model.vision_model, model.visual_projection, model.text_model, model.text_projection)
     optimizer = _optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
     aspects = ("subject", "items", "item color", "place", "state")
     static = [_static_targets(scene) for scene in scenes]
-    started, step, done, shown = time.process_time(), 0, 0.0, {a: [] for a in aspects}
-    while done < 1:
+    progress = _Progress("frames", minutes, 100)
+    while progress.done < 1:
         count = int(rng.choice([1, 4, 16], p=[0.5, 0.3, 0.2]))
-        chosen = rng.integers(len(scenes), size=batch // count)
-        picked = [np.sort(rng.permutation(len(gifs[i]))[:count]) for i in chosen]
-        picked = [np.resize(p, count) for p in picked]
-        frames = torch.from_numpy(np.stack([gifs[i][p] for i, p in zip(chosen, picked, strict=True)]))
+        picked = [(int(i), int(rng.integers(len(gifs[i])))) for i in rng.integers(len(scenes), size=batch)]
+        frames = torch.from_numpy(np.stack([gifs[i][t] for i, t in picked])).unflatten(0, (-1, count))
         targets = {aspect: [] for aspect in aspects}
-        for i, indices in zip(chosen, picked, strict=True):
-            for state in (scenes[i].states[t] for t in indices):
-                seen = static[i] | {"state": _state_index(state)}
-                seen["subject"] = -1 if state in ("blink", "flash") else seen["subject"]
-                for aspect in aspects:
-                    targets[aspect].append(seen[aspect])
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(rate, step, done)
+        for i, t in picked:
+            state = scenes[i].states[t]
+            seen = static[i] | {"state": _state_index(state)}
+            seen["subject"] = -1 if state in ("blink", "flash") else seen["subject"]
+            for aspect in aspects:
+                targets[aspect].append(seen[aspect])
         with torch.autocast("cpu", torch.bfloat16):
             pictures = encode_frames(model, frames).flatten(0, 1)
             banks = encode_texts(model, tokenizer, [text for a in aspects for text in BANKS[a]])
         pictures, banks = F.normalize(pictures.float(), dim=-1), banks.float()
-        scale, loss, start = model.logit_scale.exp().clamp(max=100), 0.0, 0
-        for aspect in aspects:
-            bank = banks[start : start + len(BANKS[aspect])]
-            start += len(bank)
-            target = torch.tensor(targets[aspect])
-            loss = loss + _aspect_loss(pictures, bank, target, scale)
-            keep = target >= 0
-            shown[aspect].append(((pictures @ bank.T).argmax(-1) == target)[keep].float().mean().item())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        optimizer.step()
-        step, done = step + 1, (time.process_time() - started) / (60 * minutes)
-        if step % 100 == 0:
-            accuracy = {a: round(float(np.mean(v[-100:])), 3) for a, v in shown.items()}
-            print(f"frames: {100 * done:3.0f} %, step {step}, loss {loss.item():.3f}, {accuracy}", flush=True)
+        scale, loss = model.logit_scale.exp().clamp(max=100), 0.0
+        for aspect, bank in zip(aspects, banks.split([len(BANKS[a]) for a in aspects]), strict=True):
+            loss = loss + _aspect_loss(pictures, bank, torch.tensor(targets[aspect]), scale, progress, aspect)
+        _update(optimizer, loss, _rate(rate, progress.step, progress.done))
+        progress.advance(loss)
 
 
 @torch.no_grad()
@@ -333,7 +371,7 @@ def frame_features(model: XCLIPModel, gifs: list[np.ndarray]) -> list[Tensor]:
     return found
 
 
-def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate: float = 1e-3) -> None:
+def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate: float) -> None:
     """Step two: MIT and text tower on frozen frame embeddings: motion, counts and order, and all the rest again."""
     features = frame_features(model, gifs)
     rng, batch = np.random.default_rng(seed), 256
@@ -345,27 +383,27 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
     cuts = [[g for view in views(scene).values() for g in view] for scene in scenes]
     aspects = ("subject", "items", "item color", "place", "count", "order")
     names, times = list(ACTIONS), len(TIMES)
-    started, step, done, shown = time.process_time(), 0, 0.0, {a: [] for a in aspects}
-    while done < 1:
+    progress = _Progress("motion", minutes, 200)
+    while progress.done < 1:
         owners = rng.integers(len(scenes), size=batch)
         x, masks = torch.zeros(batch, FRAMES, model.config.projection_dim), torch.zeros(batch, FRAMES, dtype=torch.bool)
-        motion, hidden = [], []
+        motion, hidden, steps = [], [], torch.full((batch, FRAMES), -1)
         for row, owner in enumerate(owners):
             states = scenes[owner].states
-            cut = _recut(rng, states) if rng.random() < 0.7 else _pick(rng, cuts[owner])
+            cut = _recut(rng, states) if rng.random() < 0.7 else pick(rng, cuts[owner])
             x[row, : len(cut)], masks[row, : len(cut)] = features[owner][cut].float(), True
             motion.append(_motion_targets([states[t] for t in cut]))
+            steps[row, : len(cut)] = torch.tensor(_step_targets([states[t] for t in cut]))
             hidden.append(all(states[t] in ("blink", "flash") for t in cut))
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(rate, step, done)
         with torch.autocast("cpu", torch.bfloat16):
-            pictures = encode_groups(model, x, masks)
-            banks = encode_texts(model, tokenizer, [text for a in aspects for text in BANKS[a]])
-        pictures, banks = F.normalize(pictures.float(), dim=-1), banks.float()
-        scale, loss, start = model.logit_scale.exp().clamp(max=100), 0.0, 0
-        for aspect in aspects:
-            bank = banks[start : start + len(BANKS[aspect])]
-            start += len(bank)
+            tokens, pictures = encode_groups(model, x, masks)
+            texts = [text for a in aspects for text in BANKS[a]]
+            banks = encode_texts(model, tokenizer, texts + STEPS)
+        tokens, pictures = F.normalize(tokens.float(), dim=-1), F.normalize(pictures.float(), dim=-1)
+        banks, of_steps = banks.float().split([len(texts), len(STEPS)])
+        scale = model.logit_scale.exp().clamp(max=100)
+        loss = _aspect_loss(tokens.flatten(0, 1), of_steps, steps.flatten(), scale, progress, "step")
+        for aspect, bank in zip(aspects, banks.split([len(BANKS[a]) for a in aspects]), strict=True):
             if aspect == "count":
                 # For each action that occurs, and one that does not: its count against the other counts; and for the
                 # count that it has, the action against the other actions with that count.
@@ -381,7 +419,7 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
                 each = torch.arange(len(rows))
                 by_count = logits[each, wanted[:, 0]]
                 loss = loss + 2 * F.cross_entropy(by_count, wanted[:, 1])
-                shown[aspect].append((by_count.argmax(-1) == wanted[:, 1]).float().mean().item())
+                progress.note(aspect, by_count.argmax(-1) == wanted[:, 1])
                 occurs = wanted[:, 1] > 0
                 by_action = logits[each, :, wanted[:, 1]]
                 same = torch.tensor([[motion[r]["counts"][a] for a in names] for r in rows.tolist()])
@@ -395,18 +433,9 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
                 target = [static[owner][aspect] for owner in owners]
                 if aspect == "subject":
                     target = [-1 if unseen else t for unseen, t in zip(hidden, target, strict=True)]
-            target = torch.tensor(target)
-            loss = loss + _aspect_loss(pictures, bank, target, scale)
-            keep = target >= 0
-            shown[aspect].append(((pictures @ bank.T).argmax(-1) == target)[keep].float().mean().item())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        optimizer.step()
-        step, done = step + 1, (time.process_time() - started) / (60 * minutes)
-        if step % 200 == 0:
-            accuracy = {a: round(float(np.mean(v[-200:])), 3) for a, v in shown.items()}
-            print(f"motion: {100 * done:3.0f} %, step {step}, loss {loss.item():.3f}, {accuracy}", flush=True)
+            loss = loss + _aspect_loss(pictures, bank, torch.tensor(target), scale, progress, aspect)
+        _update(optimizer, loss, _rate(rate, progress.step, progress.done))
+        progress.advance(loss)
 
 
 # Llama --------------------------------------------------------------------------------------------------------------
@@ -438,9 +467,11 @@ def token_ids(tokenizer, text: str) -> list[int]:
     return _IDS[text]
 
 
-def _story(rng, tokenizer, scene: Scene, style: str, whole: float) -> list[list[int]]:
+def _story(rng, tokenizer, scene: Scene, style: str, whole: float) -> tuple[list[list[int]], list[int]]:
     """A text about the scene as positions; each position is a bag of token ids (of one id in plain text).
 
+    Also what each position foretells (IGNORED: nothing): in plain text the next token; in bags, where the subject
+    acts, how often it has done so by then, which teaches counting as one counts on the fingers.
     A share `whole` of the stories tell all frames; the others only 16, in which some actions may be missed.
     """
 
@@ -452,18 +483,23 @@ def _story(rng, tokenizer, scene: Scene, style: str, whole: float) -> list[list[
 
     if style == "caption":
         parts = [_caption(rng, scene), narrate(rng, scene)]
-        return [p for text in rng.permutation(parts) for p in plain(str(text))]
+        return _plain([p for text in rng.permutation(parts) for p in plain(str(text))])
     groups = list(views(scene).values())[-1 if rng.random() < whole else 0]
     story = plain(_caption(rng, scene)) if style == "storyboard" else []
     items = SHAPES[scene.item_shape] if rng.random() < 0.8 else scene.item_shape
     static = [NUMBERS[scene.items - 1], scene.item_color, items, scene.place]
     keep = rng.uniform(0.3, 1)
+    tallies, told, before = [], dict.fromkeys(ACTIONS, 0), None
     for group in groups:
         for frame in group:
             state = scene.states[frame]
             if style == "storyboard":
                 story += plain(f" {state or REST}")
                 continue
+            if state is not None and state != before:
+                told[state] += 1
+            tallies.append(token_ids(tokenizer, f" {told[state]}")[0] if state else IGNORED)
+            before = state
             words = [state or REST]
             looks = [] if state == "blink" else [scene.shape] if state == "flash" else [scene.color, scene.shape]
             words += [w for w in looks if rng.random() < keep]
@@ -471,11 +507,16 @@ def _story(rng, tokenizer, scene: Scene, style: str, whole: float) -> list[list[
             story.append(bag(words))
         if style == "bags":
             story.append(bag(static + [w for w in (scene.color, scene.shape) if rng.random() < 0.5]))
-    return story
+            tallies.append(IGNORED)
+    return (story, tallies) if style == "bags" else _plain(story)
 
 
-def lm_batches(tokenizer, seed: int, size: int, styles: dict[str, float], whole: float = 0.9):
-    """Endless batches of stories with their questions: see `_pack`."""
+def _plain(story: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    return story, [ids[0] for ids in story[1:]] + [IGNORED]
+
+
+def lm_batches(tokenizer, seed: int, size: int, styles: dict[str, float], whole: float = 0.9, looks: float = 1.0):
+    """Endless batches of stories with their questions (of those about looks, a share): see `_pack`."""
     rng, number = np.random.default_rng(seed), 0
     names, weights = list(styles), np.array(list(styles.values()))
     weights = weights / weights.sum()
@@ -487,12 +528,14 @@ def lm_batches(tokenizer, seed: int, size: int, styles: dict[str, float], whole:
         for start in range(0, len(order) - size + 1, size):
             batch = []
             for scene in (scenes[i] for i in order[start : start + size]):
-                story = _story(rng, tokenizer, scene, str(rng.choice(names, p=weights)), whole)
+                story, foretold = _story(rng, tokenizer, scene, str(rng.choice(names, p=weights)), whole)
                 pairs = []
                 for row in asked[scene.name].itertuples():
+                    if row.task == "frameqa" and rng.random() > looks:
+                        continue
                     answer = str(max(row.label, 1)) if row.task == "count" else row.answer
                     pairs.append((row.question, answer, row.type or row.task))
-                batch.append((story, pairs))
+                batch.append((story, foretold, pairs))
             yield _pack(tokenizer, batch)
 
 
@@ -500,22 +543,22 @@ def _pack(tokenizer, batch) -> dict:
     """One sequence a story, [BOS] story question answer question answer ..., each pair blind to the other pairs.
 
     `bags` int [B, L, K] (token ids, padded with 0), `weights` [B, L, K], `mask` bool [B, L, L], `positions` [B, L],
-    `labels` int [B, L] (-100 but on answers and on plain text), `kinds`: (row, position, kind) of first answer tokens.
+    `labels` int [B, L] (what the position before foretells; -100: nothing), `kinds`: a list a row of (position,
+    length, kind of question) of its answers.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = []
-    for story, pairs in batch:
+    for story, foretold, pairs in batch:
         bags = [[bos], *story]
-        blocks, labels, positions = [0] * len(bags), [-100] * len(bags), list(range(len(bags)))
-        if all(len(b) == 1 for b in bags):
-            labels = [b[0] for b in bags]
-        told, kinds = len(bags), []
+        blocks, labels, positions = [0] * len(bags), [IGNORED, IGNORED, *foretold[:-1]], list(range(len(bags)))
+        told, kinds, last = len(bags), [], foretold[-1]
         for block, (question, answer, kind) in enumerate(pairs, 1):
             prompt = token_ids(tokenizer, PROMPT.format(question=question))
             reply = [*token_ids(tokenizer, f" {answer}"), eos]
             kinds.append((len(bags) + len(prompt), len(reply), kind))
             bags += [[i] for i in prompt + reply]
-            labels += [-100] * len(prompt) + reply
+            labels += [last] + [IGNORED] * (len(prompt) - 1) + reply
+            last = IGNORED
             blocks += [block] * (len(prompt) + len(reply))
             positions += list(range(told, told + len(prompt) + len(reply)))
         rows.append((bags, labels, blocks, positions, kinds))
@@ -523,7 +566,7 @@ def _pack(tokenizer, batch) -> dict:
     out = {
         "bags": np.zeros((len(rows), length, width), np.int64),
         "weights": np.zeros((len(rows), length, width), np.float32),
-        "labels": np.full((len(rows), length), -100, np.int64),
+        "labels": np.full((len(rows), length), IGNORED, np.int64),
         "positions": np.zeros((len(rows), length), np.int64),
     }
     blocks = np.full((len(rows), length), -1, np.int64)
@@ -561,7 +604,9 @@ def lm_accuracy(logits: Tensor, packed: dict) -> dict[str, list[float]]:
     return found
 
 
-LM_STYLES = {"caption": 0.15, "storyboard": 0.3, "bags": 0.55}
+LM_STYLES = {"caption": 0.15, "storyboard": 0.25, "bags": 0.6}
+# What the loss gives to the answers of a question; counting is the hardest to learn.
+LM_WEIGHTS = {"count": 3.0, "action": 2.0}
 
 
 def new_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -583,34 +628,27 @@ def new_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train_language_model(model, tokenizer, minutes: float, seed: int, rate: float = 2e-3, batch: int = 32) -> None:
+def train_language_model(model, tokenizer, minutes: float, seed: int, rate: float, batch: int = 32) -> None:
     """Language modelling of stories, and above all of the answers to questions about them."""
     optimizer = _optimizer(model.parameters(), rate)
-    started, step, done, shown = time.process_time(), 0, 0.0, {}
-    for packed in lm_batches(tokenizer, seed, batch, LM_STYLES):
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(rate, step, done)
+    progress = _Progress("text", minutes, 100)
+    for packed in lm_batches(tokenizer, seed, batch, LM_STYLES, looks=0.5):
         with torch.autocast("cpu", torch.bfloat16):
             logits = lm_forward(model, packed)
         labels = packed["labels"][:, 1:]
         losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")
-        answers = torch.zeros(packed["labels"].shape)
+        text = packed["labels"] == packed["bags"][..., 0]  # the others are tallies and answers
+        weight = torch.where(packed["labels"] == IGNORED, 0.0, torch.where(text, 0.05, 0.3))
         for row, kinds in enumerate(packed["kinds"]):
-            for start, length, _ in kinds:
-                answers[row, start : start + length] = 1
-        weight = torch.where(labels == -100, 0.0, torch.where(answers[:, 1:] > 0, 1.0, 0.05)).flatten()
+            for start, length, kind in kinds:
+                weight[row, start : start + length] = LM_WEIGHTS.get(kind, 1.0)
+        weight = weight[:, 1:].flatten()
         loss = (losses * weight).sum() / weight.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        _update(optimizer, loss, _rate(rate, progress.step, progress.done))
         for kind, right in lm_accuracy(logits.detach(), packed).items():
-            shown.setdefault(kind, []).append(float(np.mean(right)))
-        step, done = step + 1, (time.process_time() - started) / (60 * minutes)
-        if step % 100 == 0:
-            accuracy = {k: round(float(np.mean(v[-100:])), 3) for k, v in sorted(shown.items())}
-            print(f"text: {100 * done:3.0f} %, step {step}, loss {loss.item():.3f}, {accuracy}", flush=True)
-        if done >= 1:
+            progress.note(kind, torch.tensor(right))
+        progress.advance(loss)
+        if progress.done >= 1:
             return
 
 
@@ -639,7 +677,7 @@ def gate_encoder(model, tokenizer, scenes: list[Scene], gifs: list[np.ndarray]) 
     model.eval()
     features, masks, owners, states = group_features(model, scenes, gifs)
     model.eval()
-    pictures = F.normalize(encode_groups(model, features.float(), masks), dim=-1)
+    pictures = F.normalize(encode_groups(model, features.float(), masks)[1], dim=-1)
     scores = {aspect: pictures @ encode_texts(model, tokenizer, bank).T for aspect, bank in BANKS.items()}
     found: dict[str, list[bool]] = {}
     n = len(SHAPES)
@@ -685,43 +723,42 @@ def save(model, tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--part", choices=("all", "encoder", "language_model"), default="all")
-    parser.add_argument("--go-on", action="store_true", help="train OUT's language model and MIT further")
-    parser.add_argument("--gifs", type=int, default=4000, help="GIFs that the encoder learns from")
-    parser.add_argument("--frame-minutes", type=float, default=28, help="CPU minutes of each step")
-    parser.add_argument("--motion-minutes", type=float, default=10)
-    parser.add_argument("--text-minutes", type=float, default=33)
+    parser.add_argument("--part", choices=("all", "frames", "motion", "text"), default="all")
+    parser.add_argument("--go-on", action="store_true", help="start from OUT's weights rather than from random ones")
+    parser.add_argument("--gifs", type=int, default=8000, help="GIFs that each step of the encoder learns from")
+    parser.add_argument("--frame-minutes", type=float, default=50, help="CPU minutes of each step")
+    parser.add_argument("--motion-minutes", type=float, default=35)
+    parser.add_argument("--text-minutes", type=float, default=80)
+    parser.add_argument("--seed", type=int, default=PRETRAIN_SEED, help="of GIFs and texts; take another to go on")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    gates = {}
-    if args.part in ("all", "language_model"):
+    peak = 1.0 if not args.go_on else 0.5
+    if args.part in ("all", "text"):
+        folder = args.out / "llama"
+        model = new_language_model(tokenizer)
         if args.go_on:
-            model = LlamaForCausalLM.from_pretrained(
-                args.out / "llama", dtype=torch.float32, attn_implementation="eager"
-            )
-            train_language_model(model, tokenizer, args.text_minutes, seed=PRETRAIN_SEED + 500_000, rate=1e-3)
-        else:
-            model = new_language_model(tokenizer)
-            train_language_model(model, tokenizer, args.text_minutes, seed=PRETRAIN_SEED)
-        save(model, tokenizer, args.out / "llama")
-        gates["language model"] = gate_language_model(model, tokenizer)
-        print(json.dumps(gates, indent=1))
-    if args.part in ("all", "encoder"):
-        if args.go_on:
-            model = XCLIPModel.from_pretrained(args.out / "xclip", dtype=torch.float32)
-        else:
-            model = new_xclip(tokenizer)
-            scenes, _ = make_world(PRETRAIN_SEED, args.gifs, "pretrain")
-            train_frames(model, tokenizer, scenes, render(scenes), args.frame_minutes)
-            save(model, tokenizer, args.out / "xclip")
+            model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        train_language_model(model, tokenizer, args.text_minutes, args.seed, rate=2e-3 * peak)
+        save(model, tokenizer, folder)
+        print(json.dumps(gate_language_model(model, tokenizer), indent=1))
+    folder = args.out / "xclip"
+    model = new_xclip(tokenizer)
+    if args.go_on or args.part == "motion":
+        # Not strict: a model with fewer layers than today's goes on with new ones on top.
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    if args.part in ("all", "frames"):
+        scenes, _ = make_world(args.seed, args.gifs, "pretrain")
+        train_frames(model, tokenizer, scenes, render(scenes), args.frame_minutes, args.seed, rate=1.5e-3 * peak)
+        save(model, tokenizer, folder)
+    if args.part in ("all", "motion"):
         # Other GIFs, so that the MIT meets frame embeddings as they are on GIFs that the frame tower has not learned.
-        scenes, _ = make_world(PRETRAIN_SEED + 1 + args.go_on, args.gifs, "motion")
-        train_motion(model, tokenizer, scenes, render(scenes), args.motion_minutes, PRETRAIN_SEED + 1 + args.go_on)
-        save(model, tokenizer, args.out / "xclip")
+        scenes, _ = make_world(args.seed + 1, args.gifs, "motion")
+        train_motion(model, tokenizer, scenes, render(scenes), args.motion_minutes, args.seed + 1, rate=1e-3)
+        save(model, tokenizer, folder)
+    if args.part != "text":
         held_out, _ = make_world(GATE_SEED, 300, "gate")
-        gates["encoder"] = gate_encoder(model, tokenizer, held_out, render(held_out))
-    print(json.dumps(gates, indent=1))
+        print(json.dumps(gate_encoder(model, tokenizer, held_out, render(held_out)), indent=1))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -83,10 +83,10 @@ WIDE_COUNTS = (
 )
 SHORT_COUNTS = ((1, 2), (1, 3), (2, 3), (1, 4), (2, 4))
 # Corners of the central square, which the subject never enters (fractions of the square's side).
-ITEM_SLOTS = [(x, y) for x, y in ((0.08, 0.08), (0.235, 0.08), (0.08, 0.235))]
+ITEM_SLOTS = [(x, y) for x, y in ((0.09, 0.09), (0.265, 0.09), (0.09, 0.265))]
 ITEM_SLOTS += [(1 - x, y) for x, y in ITEM_SLOTS[:3]] + [(x, 1 - y) for x, y in ITEM_SLOTS[:3]]
 ITEM_SLOTS += [(1 - x, 1 - y) for x, y in ITEM_SLOTS[:3]]
-ITEM_RADIUS, SUBJECT_RADIUS, SHIFT = 0.075, 0.17, 0.22
+ITEM_RADIUS, SUBJECT_RADIUS, SHIFT = 0.085, 0.17, 0.22
 
 TASK_FILES = {
     "count": "count",
@@ -114,7 +114,8 @@ class Scene:
     seed: int
 
 
-def _pick(rng: np.random.Generator, choices, without=()):
+def pick(rng: np.random.Generator, choices: Iterable[Any], without: Iterable[Any] = ()) -> Any:
+    """One of the choices, each as likely as the others; none of `without`."""
     left = [c for c in choices if c not in without]
     return left[int(rng.integers(len(left)))]
 
@@ -148,8 +149,8 @@ def _durations(rng: np.random.Generator, count: int) -> tuple[int, ...]:
 
 def make_pair(rng: np.random.Generator, names: tuple[str, str]) -> tuple[tuple[Scene, Scene], list[dict]]:
     """Two scenes that answer the same questions differently, and the questions (rows of the QA table)."""
-    shape = _pick(rng, SHAPES)
-    item_shape = _pick(rng, SHAPES, [shape])
+    shape = pick(rng, SHAPES)
+    item_shape = pick(rng, SHAPES, [shape])
     a, b, c, x = rng.permutation(list(ACTIONS))[:4].tolist()
     family = WIDE_COUNTS if rng.random() < 0.6 else SHORT_COUNTS
     k, m = rng.permutation(family[int(rng.integers(len(family)))]).tolist()
@@ -177,7 +178,7 @@ def make_pair(rng: np.random.Generator, names: tuple[str, str]) -> tuple[tuple[S
             seed=int(rng.integers(2**31)),
         )
         scenes.append(scene)
-    asked = _pick(rng, [n for n in (k, m) if n > 1])
+    asked = pick(rng, [n for n in (k, m) if n > 1])
     rows = list(_questions(rng, scenes, (a, b, c, x), (k, m), asked, bool(after)))
     return (scenes[0], scenes[1]), rows
 
@@ -189,7 +190,7 @@ def _questions(rng, scenes, actions, counts, asked, after) -> Iterator[dict]:
     shape, items = scenes[0].shape, SHAPES[scenes[0].item_shape]
 
     def ask(task, texts, answers, options=None, kind=""):
-        text = _pick(rng, texts)
+        text = pick(rng, texts)
         for scene, answer in zip(scenes, answers, strict=True):
             order = [] if options is None else rng.permutation(options).tolist()
             label = {"frameqa": -1, "count": int(answer) if task == "count" else 0}.get(task)
@@ -222,7 +223,7 @@ def _questions(rng, scenes, actions, counts, asked, after) -> Iterator[dict]:
             f"What does the {shape} do exactly {asked} times ?",
         ],
         (a, c) if asked == k else (b, a),
-        [a, b, c, x, _pick(rng, others)],
+        [a, b, c, x, pick(rng, others)],
     )
     when = "after" if after else "before"
     yield from ask(
@@ -293,7 +294,7 @@ def make_world(seed: int, gifs: int, prefix: str) -> tuple[list[Scene], pd.DataF
         row = {
             "gif": scene.name,
             "task": "frameqa",
-            "question": _pick(rng, texts),
+            "question": pick(rng, texts),
             "options": [],
             "answer": answer,
         }
@@ -431,7 +432,7 @@ def write_gif(scene: Scene, file: Path | BinaryIO) -> None:
     """Writes the scene as a GIF whose palettes, transparency, disposal and interlacing vary with its seed."""
     rng = np.random.default_rng([scene.seed, 1])
     frames = draw_frames(scene)
-    style = _pick(rng, ("local palettes", "global palette", "full frames", "transparent rim", "interlaced"))
+    style = pick(rng, ("local palettes", "global palette", "full frames", "transparent rim", "interlaced"))
     options: dict = {"disposal": int(rng.integers(0, 2)), "loop": 0}
     if style in ("local palettes", "interlaced"):
         frames = [frame.quantize(200, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in frames]

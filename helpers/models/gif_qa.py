@@ -275,9 +275,9 @@ class GifQAModel(nn.Module):
                 "features with the model's own encoder, or train a bundle on these"
             )
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Trade time for memory in the language model (the Trainer calls this)."""
-        self.language_model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, compute the language model's activations again for the backward pass instead of keeping them."""
+        self.language_model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
 
     # ---- Text --------------------------------------------------------------------------------------------------
 

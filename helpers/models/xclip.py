@@ -7,6 +7,7 @@ was built for is padded, and the padding is masked in all three, which equals ru
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from transformers import XCLIPModel
 
 from helpers.workspace import find_model
 
-CONTRACT_VERSION = 1  # raise when the embeddings of the same frames would differ
+CONTRACT_VERSION = 2  # raise when the embeddings of the same frames would differ
 MASKED = -30000.0  # added to the attention score of a masked key
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,8 +29,20 @@ PREPROCESSING = "short-side-resize,centre-crop,imagenet-norm"
 
 
 def attention_implementation() -> str:
-    """Which of transformers' attentions to use: on a CPU the plain one is faster at X-CLIP's short sequences."""
-    return "sdpa" if torch.cuda.is_available() else "eager"
+    """Which of transformers' attentions to use: on a CPU the plain one is faster at X-CLIP's short sequences.
+
+    Transformers before 5.8 have no other for X-CLIP and refuse to load it when asked for one.
+    """
+    return "sdpa" if torch.cuda.is_available() and XCLIPModel._supports_sdpa else "eager"
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Hash of all tensors of a module with their names: tells models apart that bear the same name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
 
 
 def load_xclip(model_id: str, revision: str | None = None) -> XCLIPModel:
@@ -70,11 +83,8 @@ class FrameEncoder(nn.Module):
         self.embed_dim: int = xclip.config.projection_dim
         self.key = (
             f"{portable_name(name)}@{revision or 'main'}|{self.frames_per_group}x{self.image_size}px|{PREPROCESSING}"
-            f"|v{CONTRACT_VERSION}"
+            f"|{weights_digest(self)}|v{CONTRACT_VERSION}"
         )
-        # Pixels are 0..255: the division by 255 is folded into the mean and the standard deviation.
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     @contextmanager
     def _masked_messages(self, mask: Tensor, dtype: torch.dtype) -> Iterator[None]:
@@ -114,8 +124,11 @@ class FrameEncoder(nn.Module):
         batch, count = frames.shape[:2]
         mask = torch.arange(count, device=frames.device) < lengths[:, None]
         dtype = self.visual_projection.weight.dtype
-        pixels = frames.flatten(0, 1).permute(0, 3, 1, 2)
-        pixels = ((pixels - self.mean.float()) / self.std.float()).to(dtype)
+        # Pixels are 0..255: the division by 255 is folded into mean and deviation, which half precision would round.
+        mean, std = (
+            255 * torch.tensor(values, device=frames.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        pixels = ((frames.flatten(0, 1).permute(0, 3, 1, 2) - mean) / std).to(dtype)
         with self._masked_messages(mask, dtype):
             pooled = self.vision_model(pixel_values=pixels).pooler_output
         embeddings = self.visual_projection(pooled).view(batch, count, -1)

@@ -37,22 +37,18 @@ def test_end_token_is_the_last_one_for_xclips_pooling(tokenizer):
 
 def test_language_model_reads_every_attribute_from_captions(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(TINY / "llama", dtype="float32")
-    accuracy = make_tiny.gate_language_model(model, tokenizer, scenes=150)
+    accuracy = make_tiny.gate_language_model(model, tokenizer, scenes=300)
     assert set(accuracy["caption"]) == {"object", "color", "number", "location", "action", "transition", "count"}
     assert min(accuracy["caption"].values()) >= BAR, accuracy
-    # Counting word by word what a storyboard tells is harder than reading the number in a caption.
-    counted = accuracy["storyboard"].pop("count")
-    assert min(accuracy["storyboard"].values()) >= BAR and counted >= 0.8, accuracy
+    # The same told frame by frame, in words and in positions that hold several words, as a video token does.
+    assert min(accuracy["storyboard"].values()) >= BAR and min(accuracy["bags"].values()) >= BAR, accuracy
 
 
 @pytest.fixture(scope="module")
 def encoder_gate():
-    scenes, _ = make_world(make_tiny.GATE_SEED + 1, 100, "gate")
+    scenes, _ = make_world(make_tiny.GATE_SEED, 300, "gate")
     tokenizer = AutoTokenizer.from_pretrained(TINY / "xclip")
     return make_tiny.gate_encoder(load_xclip("tiny/xclip"), tokenizer, scenes, make_tiny.render(scenes, workers=1))
-
-
-missed = pytest.mark.xfail(strict=True, reason="the shipped MIT does not reach the bar for this attribute")
 
 
 @pytest.mark.parametrize(
@@ -65,8 +61,8 @@ missed = pytest.mark.xfail(strict=True, reason="the shipped MIT does not reach t
         "item color",
         "location",
         "order",
-        pytest.param("motion", marks=missed),
-        pytest.param("count", marks=missed),
+        "motion",
+        "count",
     ],
 )
 def test_encoder_tells_attribute_apart_among_hard_negatives(encoder_gate, attribute):

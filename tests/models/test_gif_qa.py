@@ -188,6 +188,21 @@ def test_gradient_flows_only_where_intended(build, variant, train_mit):
     assert found == parts
 
 
+@pytest.mark.parametrize("name", ["llama", "nf4", "blind", "gpt2"])
+def test_gradient_checkpointing_changes_no_gradient(build, name):
+    plain, saving = build(name).train(), build(name).train()
+    saving.gradient_checkpointing_enable()
+    losses = [model(**batch(model))["loss"] for model in (plain, saving)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    gradients = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    assert gradients
+    for n, parameter in saving.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[n])
+
+
 def test_training_lowers_the_loss_of_video_dependent_answers(build):
     """Same question, different GIFs, different answers: only a model that reads the video tokens can fit them."""
     model = build("llama").train()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import XCLIPModel
 
-from helpers.models.xclip import FrameEncoder, MaskedMIT
+from helpers.models.xclip import FrameEncoder, MaskedMIT, attention_implementation
 
 try:  # needs no torchvision; transformers 5.0 has it under the plain name
     from transformers import VideoMAEImageProcessorPil as VideoMAEImageProcessor
@@ -154,3 +154,21 @@ def test_stock_model_is_left_as_it_was(xclip):
 def test_key_tells_encoders_apart(xclip):
     keys = {FrameEncoder(xclip, "a").key, FrameEncoder(xclip, "b").key, FrameEncoder(xclip, "a", "c0ffee").key}
     assert len(keys) == 3
+
+
+def test_key_tells_weights_apart_and_not_precision(xclip):
+    key = FrameEncoder(xclip, "a").key
+    other = copy.deepcopy(xclip)
+    assert FrameEncoder(other, "a").key == key
+    with torch.no_grad():
+        other.vision_model.post_layernorm.bias[0] += 1e-3
+    assert FrameEncoder(other, "a").key != key
+
+
+@pytest.mark.parametrize(
+    ("gpu", "supported", "chosen"), [(True, True, "sdpa"), (True, False, "eager"), (False, True, "eager")]
+)
+def test_sdpa_only_where_transformers_has_it_for_xclip(monkeypatch, gpu, supported, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(XCLIPModel, "_supports_sdpa", supported)
+    assert attention_implementation() == chosen

@@ -29,7 +29,8 @@ COMMON = [
 SET_UP = """import sys
 from pathlib import Path
 
-root = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "helpers" / "__init__.py").is_file())
+root = next((p for p in [Path.cwd(), *Path.cwd().parents] if (p / "helpers" / "__init__.py").is_file()), None)
+assert root, "there is no folder helpers/ here or above: open this notebook inside a clone of the whole repository"
 sys.path.insert(0, str(root))
 
 from helpers.workspace import set_up
