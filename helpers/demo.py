@@ -468,16 +468,17 @@ def why_panel(asked: Asked, frames: np.ndarray) -> str:
     scale = max(map(abs, answer.relevance), default=0) or 1
     top = int(np.argmax(answer.relevance))
     items = []
-    for number, (frame, nats) in enumerate(zip(frames, answer.relevance, strict=True)):
+    for number, (frame, exact) in enumerate(zip(frames, answer.relevance, strict=True)):
+        nats = round(exact, 2) + 0.0  # no "-0.00"
         out, at = io.BytesIO(), f"{answer.frame_times_ms[number] / 1000:.2f} s"
         Image.fromarray(frame).save(out, "JPEG", quality=85)
         without = answer.hidden[number]
         change = "" if without == answer.text else f"<b>→ {html.escape(without) or '(nothing)'}</b>"
         alt = f"frame at {at}, relevance {nats:.2f} nats; without it the answer is {without or 'nothing'}"
-        against = " class=against" if nats < 0 else ""
+        against = " class=against" if exact < 0 else ""
         items.append(
             f"<li>{image(out.getvalue(), alt, 'jpeg', 'top' if number == top else '')}"
-            f"<div class=meter><div{against} style='width:{100 * abs(nats) / scale:.0f}%'></div></div>"
+            f"<div class=meter><div{against} style='width:{100 * abs(exact) / scale:.0f}%'></div></div>"
             f"{at}<br>{nats:+.2f}<br>{change}</li>"
         )
     changed = sum(text != answer.text for text in answer.hidden)
