@@ -54,6 +54,7 @@ COMMANDS = """commands (each has its own --help):
   ./run_all.sh [options]       run the notebooks as below; the default
   ./run_all.sh test [ARGS]     ruff and the test suite; ARGS go to pytest
   ./run_all.sh bench [NAME]    the benchmarks, as ratios; results also as JSON
+  ./run_all.sh score           score a result file of ScienceQA, anyone's, against gold answers; prints JSON
   ./run_all.sh make-shapes     write a fresh built-in world as GIF files and a CSV
   ./run_all.sh readme          write the README's table of notebooks from suite.yaml
 
@@ -627,6 +628,23 @@ def make_shapes(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def score(arguments: Sequence[str]) -> int:
+    """Score a result file against gold answers and print one JSON object: accuracy, correct, total, subgroups."""
+    parser = argparse.ArgumentParser(prog="run_all.sh score", description=score.__doc__, allow_abbrev=False)
+    parser.add_argument("corpus", choices=["scienceqa"], help="what the results are of")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="results, outputs, or correct and incorrect")
+    parser.add_argument("--gold", type=Path, required=True, metavar="GOLD.json", help="problems.json, or LLaVA's list")
+    parser.add_argument("--split", default="test", help="the gold's split to score (default: test)")
+    args = parser.parse_args(arguments)
+    scienceqa = importlib.import_module("helpers.scoring_scienceqa")
+    try:
+        gold = scienceqa.read_gold(args.gold, args.split)
+        print(json.dumps(scienceqa.score_results(scienceqa.read_results(args.results), gold), indent=2))
+    except ValueError as error:  # the reader's own errors say which file and what to do
+        raise ConfigError(str(error)) from error
+    return DONE
+
+
 def run_parser() -> argparse.ArgumentParser:
     """Return the parser of the default command."""
     parser = argparse.ArgumentParser(
@@ -675,6 +693,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_tests(argv[1:])
             case ["bench"]:
                 return subprocess.run([sys.executable, "-m", "tests.benchmarks", *argv[1:]], cwd=repo_root()).returncode
+            case ["score"]:
+                return score(argv[1:])
             case ["make-shapes"]:
                 return make_shapes(argv[1:])
             case ["readme"]:

@@ -296,7 +296,7 @@ def test_help_is_complete(capsys):
     text = capsys.readouterr().out
     assert exit.value.code == 0
     options = "--profile --run --from --only --force -p --upstream --gifs --qa --holdout --bundle --deadline"
-    for part in [*options.split(), "test", "bench", "make-shapes", "readme", "75", "130"]:
+    for part in [*options.split(), "test", "bench", "score", "make-shapes", "readme", "75", "130"]:
         assert part in text, part
 
 

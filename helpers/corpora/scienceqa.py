@@ -1,0 +1,277 @@
+"""ScienceQA: the official layout, read strictly, and the prompts that ADEM-VL is trained and scored with.
+
+Lu et al., "Learn to Explain: Multimodal Reasoning via Thought Chains for Science Question Answering" (NeurIPS 2022);
+files of github.com/lupantech/ScienceQA: problems.json, pid_splits.json, captions.json and
+images/<split>/<pid>/image.png. Prompts as in ADEM-VL's official code (github.com/Hao840/ADEM-VL).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from helpers.config import nearest
+from helpers.corpora import CorpusError, RowError, reject_table, require_questions
+
+SPLITS = ("train", "val", "test")
+SUBJECTS = ("natural science", "social science", "language science")
+LETTERS = ("A", "B", "C", "D", "E")  # no problem has more choices
+PROBLEM_COLUMNS = [
+    "pid",
+    "split",
+    "question",
+    "choices",
+    "answer",
+    "hint",
+    "image",
+    "caption",
+    "subject",
+    "grade",
+    "topic",
+    "category",
+    "skill",
+]
+ANSWER_START = "The answer is"
+ORDERS = ("QCM-A", "CQM-A")
+
+
+# ---- The files -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScienceQA:
+    """ScienceQA's problems, and what was left out."""
+
+    problems: pd.DataFrame
+    """One row a problem: `PROBLEM_COLUMNS`. choices: list of 2 to 5 texts; answer: 0-based index into them; hint and
+    caption: "" if there is none; image: path of the file, "" if there is none; grade: 1 to 12."""
+    rejects: pd.DataFrame
+    """What was left out: `item` (the problem's id), `where` (file), `reason`."""
+
+
+def load(folder: str | Path, splits: Sequence[str] = SPLITS, captions: bool = False) -> ScienceQA:
+    """Read problems.json, pid_splits.json and the images' paths of `folder`, in the order of pid_splits.json.
+
+    captions: read captions.json too; without it every caption is "".
+    A problem that cannot be used (no choices, an answer outside them, a missing image, ...) is listed in the rejects.
+    Raises `CorpusError` if a file is missing or not in the format, a split is unknown, or nothing is left.
+    """
+    folder = Path(folder)
+    for split in splits:
+        if split not in SPLITS:
+            raise CorpusError(f"ScienceQA has no split {split!r}; {nearest(split, SPLITS)}")
+    records = read_records(folder / "problems.json")
+    members = read_splits(folder / "pid_splits.json")
+    described = read_captions(folder / "captions.json") if captions else {}
+    rows: dict[str, dict[str, Any]] = {}
+    rejects: list[tuple[str, str, str]] = []
+    for split in splits:
+        if split not in members:
+            raise CorpusError(f"{folder / 'pid_splits.json'} has no split {split!r}; it has {', '.join(members)}.")
+        for pid in members[split]:
+            try:
+                if pid in rows:
+                    raise RowError(f"is listed twice in pid_splits.json: in {rows[pid]['split']} and in {split}")
+                if pid not in records:
+                    raise RowError(f"is in the split {split}, but problems.json does not have it")
+                row = problem_row(pid, records[pid])
+                if row["split"] not in ("", split):
+                    raise RowError(f"calls itself {row['split']}, but pid_splits.json puts it in {split}")
+                row["split"] = split
+                row["image"] = _image_path(folder, row)
+            except RowError as error:
+                rejects.append((pid, "problems.json", str(error)))
+                continue
+            row["caption"] = described.get(pid, "") if row["image"] else ""
+            rows[pid] = row
+    require_questions(list(rows), rejects, folder)
+    problems = pd.DataFrame(list(rows.values()), columns=PROBLEM_COLUMNS)
+    return ScienceQA(problems.astype({"answer": "int64", "grade": "int64"}), reject_table(rejects))
+
+
+def read_records(path: str | Path) -> dict[str, dict[str, Any]]:
+    """problems.json as it is: problem id -> record. Raises `CorpusError` if it is not an object of objects."""
+    records = read_json(path)
+    if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+        raise CorpusError(f"{path}: expected an object of problems by id, each of them an object.")
+    return records
+
+
+def read_splits(path: str | Path) -> dict[str, list[str]]:
+    """pid_splits.json: split -> problem ids. Raises `CorpusError` if it is not an object of lists of texts."""
+    splits = read_json(path)
+    if not isinstance(splits, dict) or not all(
+        isinstance(pids, list) and all(isinstance(pid, str) for pid in pids) for pids in splits.values()
+    ):
+        raise CorpusError(f"{path}: expected an object of splits, each a list of problem ids as texts.")
+    return splits
+
+
+def read_captions(path: str | Path) -> dict[str, str]:
+    """captions.json: problem id -> caption. Raises `CorpusError` if it is not in the official form."""
+    content = read_json(path)
+    captions = content.get("captions") if isinstance(content, dict) else None
+    if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
+        raise CorpusError(f"{path}: expected an object with `captions`, an object of texts by problem id.")
+    return {pid: text.strip() for pid, text in captions.items()}
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises `CorpusError` if it is missing, not UTF-8, not JSON, or repeats a key."""
+    path = Path(path)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise CorpusError(f"{path}: the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice.")
+        return found
+
+    if not path.is_file():
+        raise CorpusError(f"There is no file {path}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorpusError(f"{path} is not readable as JSON: {error}.") from error
+
+
+def problem_row(pid: str, record: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:
+    """One checked row of `PROBLEM_COLUMNS` from a record of problems.json; image is the file's name, caption is "".
+
+    partial: question, subject and grade may be absent (then None), as in a gold file made for scoring alone.
+    Raises `RowError` with the reason if the problem cannot be used.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", pid):
+        raise RowError("its id is not of letters, digits, '-' and '_', so it can name no folder")
+    question, choices, answer = (record.get(key) for key in ("question", "choices", "answer"))
+    if not (partial and question is None) and (not isinstance(question, str) or not question.strip()):
+        raise RowError("the question is missing or empty")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise RowError(f"`choices` is no list of texts: {choices!r}")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise RowError(f"has {len(choices)} choices; 2 to {len(LETTERS)} are expected")
+    if not all(choice.strip() for choice in choices):
+        raise RowError(f"has an empty choice: {choices}")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise RowError(f"the answer {answer!r} is no index into its {len(choices)} choices (0 to {len(choices) - 1})")
+    hint, image = record.get("hint") or "", record.get("image") or ""
+    if not isinstance(hint, str) or not isinstance(image, str):
+        raise RowError("`hint` and `image` must be texts or null")
+    if image and not re.fullmatch(r"[A-Za-z0-9_-]+\.[A-Za-z0-9]+", image):
+        raise RowError(f"the image's name {image!r} is no plain file name such as image.png")
+    subject, grade = record.get("subject"), record.get("grade")
+    if not (partial and subject is None) and subject not in SUBJECTS:
+        raise RowError(f"the subject {subject!r} is none of {', '.join(SUBJECTS)}")
+    match = re.fullmatch(r"grade([1-9]|1[0-2])", str(grade))
+    if not (partial and grade is None) and not match:
+        raise RowError(f"the grade {grade!r} is none of grade1 to grade12")
+    split = record.get("split") or ""
+    if split not in ("", *SPLITS):
+        raise RowError(f"the split {split!r} is none of {', '.join(SPLITS)}")
+    return {
+        "pid": pid,
+        "split": split,
+        "question": question,
+        "choices": list(choices),
+        "answer": answer,
+        "hint": hint,
+        "image": image,
+        "caption": "",
+        "subject": subject,
+        "grade": int(match[1]) if match else None,
+        **{key: str(record.get(key) or "") for key in ("topic", "category", "skill")},
+    }
+
+
+def _image_path(folder: Path, row: Mapping[str, Any]) -> str:
+    if not row["image"]:
+        return ""
+    name = Path("images", row["split"], row["pid"], row["image"])
+    if not (folder / name).is_file():
+        raise RowError(f"its image {name.as_posix()} is missing")
+    return str(folder / name)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A problem's image in RGB, as the official code reads it. Raises `CorpusError` if the file is no image."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's broken PNG chunks
+        raise CorpusError(f"{path} is not readable as an image: {error}. Fetch it again.") from error
+
+
+# ---- Prompts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a problem is written down: the order of its parts, and whether the image's caption is part of the context.
+
+    order: "QCM-A" (question, context, options) or "CQM-A" (context, question, options); the answer follows, without
+    lecture or solution. Captions come from a captioning model: with them a score is not of the visual path alone.
+    """
+
+    order: str = "QCM-A"
+    captions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"prompt order {self.order!r}; {nearest(self.order, ORDERS)}")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The prompt style of training and that of evaluation."""
+
+    train: PromptStyle
+    evaluation: PromptStyle
+
+
+def _same(order: str, captions: bool) -> Protocol:
+    return Protocol(PromptStyle(order, captions), PromptStyle(order, captions))
+
+
+PROTOCOLS = {
+    "QCM-A": _same("QCM-A", False),
+    "QCM-A with captions": _same("QCM-A", True),
+    "CQM-A": _same("CQM-A", False),
+    "CQM-A with captions": _same("CQM-A", True),
+    # what the released commands do: train.py's defaults against the evaluator's fixed format
+    "released mismatch": Protocol(PromptStyle("CQM-A", False), PromptStyle("QCM-A", True)),
+}
+"""Protocols by name; "QCM-A" is the suite's default. All but "released mismatch" use one style throughout."""
+
+
+def protocol(name: str = "QCM-A") -> Protocol:
+    """The protocol of `PROTOCOLS` called `name`. Raises ValueError, with the nearest name, if there is none."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; {nearest(name, list(PROTOCOLS))}")
+    return PROTOCOLS[name]
+
+
+def prompt(problem: Mapping[str, Any], style: PromptStyle | None = None) -> str:
+    """The text in front of the answer, up to and including "Response:"; `problem` is a row of `PROBLEM_COLUMNS`.
+
+    The answer, or `ANSWER_START` when it is to be generated, follows without a space. Double spaces are replaced by
+    single ones once, as in the official code, so that three become two.
+    """
+    style = style or PromptStyle()
+    context = f"{problem['hint']} {problem['caption'] if style.captions else ''}".strip() or "N/A"
+    options = " ".join(f"({letter}) {text}" for letter, text in zip(LETTERS, problem["choices"], strict=False))
+    lines = [f"Question: {problem['question']}\n", f"Context: {context}\n", f"Options: {options}\n"]
+    if style.order == "CQM-A":
+        lines[:2] = lines[1::-1]
+    return f"{''.join(lines)}Response:".replace("  ", " ").strip()
+
+
+def target(problem: Mapping[str, Any]) -> str:
+    """The text that follows the prompt in training: "The answer is B."."""
+    return f"{ANSWER_START} {LETTERS[problem['answer']]}."

@@ -1,0 +1,188 @@
+"""ScienceQA: the official layout read strictly, prompts by hand, bad input; and the real slice where it is at hand."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from helpers.corpora import CorpusError, scienceqa
+from helpers.corpora.scienceqa import PromptStyle, prompt, protocol, target
+
+
+def record(**changes):
+    base = {
+        "question": "Which is a solid?",
+        "choices": ["water", "stone"],
+        "answer": 1,
+        "hint": "",
+        "image": None,
+        "task": "closed choice",
+        "grade": "grade2",
+        "subject": "natural science",
+        "topic": "physics",
+        "category": "Matter",
+        "skill": "Sort matter",
+        "lecture": "Solids keep their shape.",
+        "solution": "A stone is a solid.",
+        "split": "train",
+    }
+    return base | changes
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write problems (by id), their splits and captions in the official layout; images for those named in `drawn`."""
+
+    def write(problems, splits=None, captions=None, drawn=()):
+        splits = splits or {s: [pid for pid, p in problems.items() if p.get("split") == s] for s in scienceqa.SPLITS}
+        (tmp_path / "problems.json").write_text(json.dumps(problems))
+        (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
+        if captions is not None:
+            (tmp_path / "captions.json").write_text(json.dumps({"model": "x", "captions": captions}))
+        for pid in drawn:
+            folder = tmp_path / "images" / problems[pid]["split"] / pid
+            folder.mkdir(parents=True)
+            Image.new("RGBA", (5, 3), (255, 0, 0, 255)).save(folder / "image.png")
+        return tmp_path
+
+    return write
+
+
+def test_a_folder_is_read_in_the_order_of_its_splits(write):
+    problems = {
+        "1": record(split="test", grade="grade11", subject="social science"),
+        "2": record(image="image.png", hint="Look."),
+        "3": record(choices=list("vwxyz"), answer=4),
+    }
+    folder = write(problems, {"train": ["3", "2"], "val": [], "test": ["1"]}, {"2": " A red box. ", "1": "?"}, ["2"])
+    corpus = scienceqa.load(folder, captions=True)
+    assert len(corpus.rejects) == 0
+    rows = corpus.problems.set_index("pid")
+    assert rows.index.tolist() == ["3", "2", "1"]
+    assert rows.grade.tolist() == [2, 2, 11] and rows.answer.tolist() == [4, 1, 1]
+    assert rows.loc["2", "caption"] == "A red box." and rows.loc["1", "caption"] == ""
+    assert rows.loc["1", "image"] == "" and rows.loc["1", "hint"] == ""
+    image = scienceqa.open_image(rows.loc["2", "image"])
+    assert image.mode == "RGB" and image.size == (5, 3)
+    assert scienceqa.load(folder, ["test"]).problems.pid.tolist() == ["1"]
+    assert set(scienceqa.load(folder).problems.caption) == {""}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"choices": []}, "has 0 choices"),
+        ({"choices": ["one"], "answer": 0}, "has 1 choices"),
+        ({"choices": list("abcdef")}, "has 6 choices"),
+        ({"choices": None}, "no list of texts"),
+        ({"choices": ["a", " "]}, "empty choice"),
+        ({"answer": 2}, "answer 2 is no index into its 2 choices"),
+        ({"answer": -1}, "answer -1"),
+        ({"answer": True}, "answer True"),
+        ({"answer": "1"}, "answer '1'"),
+        ({"question": "  "}, "question is missing or empty"),
+        ({"image": "image.png"}, "image images/train/2/image.png is missing"),
+        ({"image": "../1/image.png"}, "no plain file name"),
+        ({"subject": "history"}, "subject 'history'"),
+        ({"grade": "grade13"}, "grade 'grade13'"),
+        ({"split": "val"}, "calls itself val"),
+        ({"hint": 3}, "`hint` and `image` must be texts"),
+    ],
+)
+def test_a_problem_that_cannot_be_used_is_listed(write, changes, reason):
+    splits = {"train": ["1", "2"], "val": [], "test": []}
+    corpus = scienceqa.load(write({"1": record(), "2": record(**changes)}, splits))
+    assert corpus.problems.pid.tolist() == ["1"]
+    assert corpus.rejects[["item", "where"]].values.tolist() == [["2", "problems.json"]]
+    assert reason in corpus.rejects.reason[0]
+
+
+def test_ids_listed_twice_or_without_a_problem_are_listed(write):
+    splits = {"train": ["1", "9", "../1"], "val": ["1"], "test": []}
+    corpus = scienceqa.load(write({"1": record(split=""), "../1": record()}, splits))
+    assert corpus.problems.pid.tolist() == ["1"]
+    assert corpus.rejects.item.tolist() == ["9", "../1", "1"]
+    assert "does not have it" in corpus.rejects.reason[0] and "listed twice" in corpus.rejects.reason[2]
+
+
+def test_files_that_are_not_in_the_format_are_refused(write):
+    folder = write({"1": record()})
+    with pytest.raises(CorpusError, match=r"captions\.json"):
+        scienceqa.load(folder, captions=True)
+    with pytest.raises(CorpusError, match="did you mean 'train'"):
+        scienceqa.load(folder, ["trian"])
+    (folder / "captions.json").write_text('{"1": "a box"}')
+    with pytest.raises(CorpusError, match="`captions`"):
+        scienceqa.load(folder, captions=True)
+    for name, content, fault in [
+        ("pid_splits.json", '{"train": [1], "val": [], "test": []}', "ids as texts"),
+        ("pid_splits.json", '{"train": ["1"], "val": []}', "no split 'test'"),
+        ("problems.json", "[]", "object of problems"),
+        ("problems.json", '{"1": {}, "1": {}}', "'1' occurs twice"),
+        ("problems.json", "{", "not readable as JSON"),
+    ]:
+        (folder / name).write_text(content)
+        with pytest.raises(CorpusError, match=fault):
+            scienceqa.load(folder)
+    (folder / "problems.json").unlink()
+    with pytest.raises(CorpusError, match="no file"):
+        scienceqa.load(folder)
+
+
+def test_nothing_left_is_an_error_with_the_reasons(write):
+    with pytest.raises(CorpusError, match=r"has 0 choices; 2 to 5 are expected \(1 times\)"):
+        scienceqa.load(write({"1": record(choices=[])}))
+
+
+def test_a_broken_image_is_named(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\nno")
+    with pytest.raises(CorpusError, match=r"image\.png is not readable as an image"):
+        scienceqa.open_image(path)
+
+
+PROBLEM = {"question": "Which?", "choices": ["a  b", "c"], "answer": 1, "hint": "Two states.", "caption": "A map."}
+
+
+def test_prompts_are_the_official_ones():
+    options = "Options: (A) a b (B) c\nResponse:"
+    cqm, qcm = PromptStyle("CQM-A"), PromptStyle("QCM-A")
+    assert prompt(PROBLEM) == prompt(PROBLEM, qcm) == f"Question: Which?\nContext: Two states.\n{options}"
+    assert prompt(PROBLEM, cqm) == f"Context: Two states.\nQuestion: Which?\n{options}"
+    assert prompt(PROBLEM, PromptStyle("QCM-A", True)) == f"Question: Which?\nContext: Two states. A map.\n{options}"
+    bare = PROBLEM | {"hint": "", "caption": "A map."}
+    assert "Context: N/A\n" in prompt(bare, qcm)
+    assert "Context: A map.\n" in prompt(bare, PromptStyle("QCM-A", True))
+    assert prompt(PROBLEM) + target(PROBLEM) == f"Question: Which?\nContext: Two states.\n{options}The answer is B."
+
+
+def test_double_spaces_are_collapsed_once_and_ends_stripped():
+    text = prompt(PROBLEM | {"question": "a   b", "hint": "  "})
+    assert text.startswith("Question: a  b\nContext: N/A\n")  # three spaces become two
+
+
+def test_protocols_use_one_style_but_for_the_named_mismatch():
+    assert protocol().train == protocol().evaluation == PromptStyle("QCM-A", False)
+    different = [name for name, p in scienceqa.PROTOCOLS.items() if p.train != p.evaluation]
+    assert different == ["released mismatch"]
+    released = protocol("released mismatch")
+    assert released.train == PromptStyle("CQM-A", False) and released.evaluation == PromptStyle("QCM-A", True)
+    with pytest.raises(ValueError, match="did you mean 'CQM-A'"):
+        protocol("CQM")
+    with pytest.raises(ValueError, match="prompt order 'MQC-A'"):
+        PromptStyle("MQC-A")
+
+
+def test_the_real_slice_is_read_without_a_reject(shared_data):
+    folder = shared_data / "scienceqa"
+    if not folder.is_dir():
+        pytest.skip(f"no ScienceQA at {folder}")
+    corpus = scienceqa.load(folder, captions=True)
+    problems = corpus.problems
+    assert len(corpus.rejects) == 0
+    assert problems.split.value_counts().to_dict() == {"train": 1041, "val": 371, "test": 361}
+    pictured = problems[problems.image != ""]
+    assert len(pictured) == 879 and (pictured.caption != "").all()
+    assert scienceqa.open_image(pictured.image.iloc[0]).mode == "RGB"
+    texts = [prompt(row, PromptStyle("CQM-A", True)) for row in problems.to_dict("records")]
+    assert len(set(texts)) > 1700 and all(text.endswith("\nResponse:") for text in texts)
