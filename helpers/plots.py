@@ -370,6 +370,70 @@ def features_overview(
     return figure
 
 
+@plt.rc_context(STYLE)
+def answer_overview(
+    question: str,
+    distribution: Sequence[tuple[str, float]],
+    chosen: str,
+    frames: np.ndarray,
+    times_ms: Sequence[float],
+    relevance: Sequence[float],
+    blind: tuple[str, float] | None = None,
+    shown: int = 8,
+) -> Figure:
+    """One answer and what it rests on: probabilities, relevance of each frame, and the most relevant frames.
+
+    Args:
+        distribution: answers with their probabilities; `chosen` is the one given.
+        frames: the N sampled frames, uint8 [N, H, W, 3]; times_ms: when each starts; relevance: nats, see `Answer`.
+        blind: the answer given without seeing the GIF, with its probability.
+        shown: how many of the frames are drawn, those with the highest relevance, in order of time.
+    """
+    if not len(frames) == len(times_ms) == len(relevance):
+        raise ValueError(f"{len(frames)} frames, {len(times_ms)} times, {len(relevance)} relevances: one each a frame")
+    _require_rows(distribution, "answers")
+    best = np.sort(np.argsort(-np.asarray(relevance), kind="stable")[:shown])
+    figure = plt.figure(figsize=(10, 4.7), layout="constrained")
+    plt.close(figure)
+    grid = figure.add_gridspec(2, 2, width_ratios=[2, 3], height_ratios=[1, 2.2])
+    strip, bars, nats = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+
+    gap = max(1, frames.shape[2] // 24)
+    padded = np.pad(frames[best], ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
+    strip.imshow(np.concatenate(list(padded), axis=1))
+    strip.set_xlim(-0.5, shown * padded.shape[2] - gap - 0.5)
+    strip.set_xticks(
+        [k * padded.shape[2] + frames.shape[2] / 2 for k in range(len(best))],
+        [f"{times_ms[n] / 1000:.2f}" for n in best],
+    )
+    strip.set(yticks=[], xlabel="start of the frame (s)")
+    strip.grid(visible=False)
+    strip.spines[:].set_visible(False)
+    strip.set_title(f"The {len(best)} most relevant of {len(frames)} frames", loc="left")
+
+    texts = [shorten(text, 24, placeholder=" ...").replace("$", r"\$") or "(nothing)" for text, _ in distribution]
+    colors = [BLUE if text == chosen else SKY for text, _ in distribution]
+    bars.barh(range(len(texts)), [100 * p for _, p in distribution], color=colors)
+    bars.set_yticks(range(len(texts)), texts)
+    bars.invert_yaxis()
+    bars.set(title="Answers", xlabel="probability (%)", ylabel="answer", xlim=(0, 100))
+    bars.grid(axis="y", visible=False)
+
+    colors = [BLUE if value >= 0 else ORANGE for value in relevance]
+    nats.bar(range(1, len(relevance) + 1), relevance, color=colors)
+    nats.axhline(0, color="black", linewidth=0.8)
+    nats.set(title="Relevance of each frame", xlabel="frame (in order of time)")
+    nats.set_ylabel("fall of log-probability\nif hidden (nats)")
+    nats.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+
+    confidence = next(p for text, p in distribution if text == chosen)
+    title = f"{shorten(question, 90, placeholder=' ...')}   Answer: {chosen or '(nothing)'} ({100 * confidence:.0f} %)"
+    if blind is not None:
+        title += f";   without the GIF: {blind[0] or '(nothing)'} ({100 * blind[1]:.0f} %)"
+    figure.suptitle("\n".join(wrap(title, 100)).replace("$", r"\$"))
+    return figure
+
+
 def asked_gif(
     rows: pd.DataFrame, frames: np.ndarray, times_ms: Sequence[float], duration_ms: float, path: Path
 ) -> Path:

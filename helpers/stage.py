@@ -318,9 +318,11 @@ class Stage:
         self._spec = load_suite(suite_file()).spec(name)
         self._run_folder = runs_root() / (run or self.profile.name)
         self.folder = self._run_folder / name
-        hold_lock(self.folder / ".lock", f"{name} of run {self._run_folder.name!r}", LOCK_PATIENCE)
         self._settings = stage_settings(self._spec, self.profile, self.parameters, self._run_folder)
-        check_conflict(self.folder, self._settings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._spec.always:  # what only shows the present state may be open several times at once
+            hold_lock(self.folder / ".lock", f"{name} of run {self._run_folder.name!r}", LOCK_PATIENCE)
+            check_conflict(self.folder, self._settings)
         if set(self._settings["inputs"]) == set(self._spec.inputs):
             write_json(self.folder / "started.json", self._settings)
         self._before = (read_manifest(self.folder) or {"seconds": 0.0})["seconds"]

@@ -225,6 +225,8 @@ def _user_inputs(args: argparse.Namespace) -> tuple[dict[str, dict[str, str]], d
         elif args.holdout is not None:
             data["holdout"] = args.holdout
         parameters["01_data_sharding"] = data
+        if Path(data["gifs"]).is_dir():
+            parameters["08_demo"] = {"gallery": data["gifs"]}
     if args.bundle:
         bundle = _existing(args.bundle, "--bundle")
         if not (Path(bundle) / "bundle.json").is_file():

@@ -183,12 +183,13 @@ def _hold_out(gifs: pd.Series, holdout: float, seed: int) -> pd.Series:
 
 
 def write_own_gifs_csv(questions: pd.DataFrame, path: str | Path) -> None:
-    """Write a question table as the CSV that `load` reads, with `split` and `type`; replaces `path` in one step.
+    """Write a question table as the CSV that `load` reads; replaces `path` in one step.
 
-    A GIF's name gets the ending .gif if it has none. Raises `CorpusError` if an option holds a vertical bar or a
-    column is missing.
+    `split` and `type` are written where the table has them. A GIF's name gets the ending .gif if it has none. Raises
+    `CorpusError` if an option holds a vertical bar or a column is missing.
     """
-    missing = [column for column in [*COLUMNS, "split", "type"] if column not in questions.columns]
+    missing = [column for column in COLUMNS if column not in questions.columns]
+    further = [column for column in ("split", "type") if column in questions.columns]
     if missing:
         raise CorpusError(f"Questions to write to {path}: no column {', '.join(missing)}.")
     for row in questions.itertuples():
@@ -198,8 +199,9 @@ def write_own_gifs_csv(questions: pd.DataFrame, path: str | Path) -> None:
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*COLUMNS, "split", "type"])
+        writer.writerow([*COLUMNS, *further])
         for row in questions.itertuples():
             gif = row.gif if PurePosixPath(row.gif).suffix.lower() == ".gif" else f"{row.gif}.gif"
-            writer.writerow([gif, row.task, row.question, row.answer, "|".join(row.options), row.split, row.type])
+            options, more = "|".join(row.options), (getattr(row, column) for column in further)
+            writer.writerow([gif, row.task, row.question, row.answer, options, *more])
     partial.replace(path)

@@ -729,13 +729,15 @@ class Answer:
 
     text; confidence: its probability (among the options, among the counts 1 to 10, or of the whole text if open);
     alternatives: other answers with their probabilities, best first; relevance: for each sampled frame, how many nats
-    the answer's log-probability falls when that frame is hidden; frame_times_ms: when each of these frames starts.
+    the answer's log-probability falls when that frame is hidden; hidden: what is answered then; frame_times_ms: when
+    each of these frames starts.
     """
 
     text: str
     confidence: float
     alternatives: list[tuple[str, float]]
     relevance: list[float] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
     frame_times_ms: list[float] = field(default_factory=list)
 
 
@@ -765,31 +767,42 @@ class GifQA:
         encoder = _load_encoder(read_bundle(bundle), video_model)
         return cls(model, encoder.to(model.device, compute_dtype(model.device)))
 
-    def encode(self, gif: str | Path | bytes | Image.Image) -> tuple[Tensor, list[float]]:
-        """Frame embeddings [N, D] (fp16, as cached) of a GIF's sampled frames, and when each starts, in ms.
+    def sample(
+        self, gif: str | Path | bytes | Image.Image, image_size: int | None = None
+    ) -> tuple[np.ndarray, list[float]]:
+        """Frames of a GIF that the model sees, uint8 [N, S, S, 3], and when each starts, in ms.
 
-        Raises helpers.gifs.GifRejected for a file that is no usable GIF.
+        image_size: S in pixels; by default what the encoder takes. Raises helpers.gifs.GifRejected for a file that is
+        no usable GIF.
         """
         profile = self.model.profile
         names = ("max_canvas_pixels", "max_frames", "max_bytes", "decode_seconds")
         limits = Limits(**{name: getattr(profile.data, name) for name in names})
         decoded = decode(
             read_gif(gif, limits.max_bytes),
-            image_size=self.encoder.image_size,
+            image_size=image_size or self.encoder.image_size,
             groups=[profile.evaluation.groups],
             frames_per_group=self.encoder.frames_per_group,
             limits=limits,
         )
         rows = decoded.views[-1]["rows"]
+        return np.ascontiguousarray(decoded.frames[rows]), [decoded.frame_times_ms[row] for row in rows]
+
+    def encode(self, gif: str | Path | bytes | Image.Image) -> tuple[Tensor, list[float]]:
+        """Frame embeddings [N, D] (fp16, as cached) of a GIF's sampled frames, and when each starts, in ms.
+
+        Raises helpers.gifs.GifRejected for a file that is no usable GIF.
+        """
+        sampled, times = self.sample(gif)
         size, device = self.encoder.frames_per_group, self.model.device
-        frames = torch.from_numpy(np.ascontiguousarray(decoded.frames[rows])).to(device)
+        frames = torch.from_numpy(sampled).to(device)
         groups = frames.split(size)
         lengths = torch.tensor([len(group) for group in groups], device=device)
         padded = nn.utils.rnn.pad_sequence([*groups, frames.new_zeros(size, *frames.shape[1:])], batch_first=True)[:-1]
         with torch.inference_mode():
             embeddings = self.encoder(padded, lengths)
         valid = torch.cat([row[:n] for row, n in zip(embeddings, lengths.tolist(), strict=True)])
-        return valid.half(), [decoded.frame_times_ms[row] for row in rows]
+        return valid.half(), times
 
     def answer(
         self,
@@ -814,7 +827,7 @@ class GifQA:
             raise ValueError("give two or more options, none of them empty, or none at all")
         if options and len(set(options)) < len(options):
             raise ValueError("two options are the same; every option must be a different answer")
-        count = not options and (task == "count" or (task is None and question.lower().startswith("how many times")))
+        count = not options and (task == "count" or (task is None and asks_for_count(question)))
         with self._lock, self.model._inference():
             return self._answer(gif, question, COUNTS if count else options, count)
 
@@ -834,23 +847,26 @@ class GifQA:
             candidates = list(dict.fromkeys([*best, *model._decode([prompt], video, beams, beams)[0]]))
         scores = self._log_probabilities(prompt, candidates, video, closed)[0]
         probabilities = np.exp(scores)
-        chosen = 0 if not closed else int(scores.argmax())
-        if count:  # the same rule as in the evaluation: TGIF-QA scores counts by squared error
-            expectation = float(probabilities @ np.arange(1, len(COUNTS) + 1))
-            chosen = min(max(math.floor(expectation + 0.5), 1), len(COUNTS)) - 1
+        chosen = _choose(probabilities, count) if closed else 0
         others = [i for i in np.argsort(-scores, kind="stable") if i != chosen]
-        relevance: list[float] = []
+        relevance, hidden = [], []
         if times:
-            shown, mask = video
-            hidden = mask & ~torch.eye(len(times), dtype=torch.bool, device=mask.device)
+            seen = video[1] & ~torch.eye(len(times), dtype=torch.bool, device=video[1].device)
+            parts = list(zip(video[0].expand(len(times), -1, -1).split(16), seen.split(16), strict=True))
             asked = candidates if closed else [candidates[chosen]]
-            without = self._log_probabilities(prompt, asked, (shown.expand(len(times), -1, -1), hidden), closed)
+            without = np.concatenate([self._log_probabilities(prompt, asked, part, closed) for part in parts])
             relevance = (scores[chosen] - without[:, chosen if closed else 0]).tolist()
+            if closed:
+                hidden = [candidates[_choose(row, count)] for row in np.exp(without)]
+            else:
+                beams = model.profile.evaluation.num_beams
+                hidden = [text for part in parts for [text] in model._decode([prompt] * len(part[0]), part, beams, 1)]
         return Answer(
             text=candidates[chosen],
             confidence=float(probabilities[chosen]),
             alternatives=[(candidates[i], float(probabilities[i])) for i in others],
             relevance=relevance,
+            hidden=hidden,
             frame_times_ms=times,
         )
 
@@ -860,13 +876,20 @@ class GifQA:
         """Log-probabilities [B, K] of the candidates for each row of `video`; a closed set sums to 1."""
         tokens = [self.model.encode_answer(text) for text in candidates]
         rows = 1 if video is None else len(video[0])
-        parts = [
-            self.model._score(
-                [prompt] * len(which), [tokens] * len(which), None if video is None else tuple(t[which] for t in video)
-            )
-            for which in torch.arange(rows).split(16)
-        ]
-        scores = np.stack([result[:, 0] for part in parts for result in part])
+        scores = np.stack([result[:, 0] for result in self.model._score([prompt] * rows, [tokens] * rows, video)])
         if closed:
             scores = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
         return scores
+
+
+def asks_for_count(question: str) -> bool:
+    """Whether a question is TGIF-QA's repetition count by its wording."""
+    return question.strip().lower().startswith("how many times")
+
+
+def _choose(probabilities: np.ndarray, count: bool) -> int:
+    """Which candidate is the answer, by the rule of the evaluation: TGIF-QA scores counts by squared error."""
+    if not count:
+        return int(probabilities.argmax())
+    expectation = float(probabilities @ np.arange(1, len(COUNTS) + 1))
+    return min(max(math.floor(expectation + 0.5), 1), len(COUNTS)) - 1

@@ -575,6 +575,7 @@ def test_relevance_is_the_fall_when_a_frame_is_hidden(qa, options):
         unseen = unseen - np.logaddexp.reduce(unseen)
     drop = math.log(answer.confidence) - unseen[texts.index(answer.text)]
     assert answer.relevance == pytest.approx([drop], abs=1e-4)
+    assert answer.hidden == [qa.answer(None, question, options).text]
 
 
 def test_relevance_of_frames_in_one_batch_equals_one_at_a_time(qa):
@@ -589,6 +590,7 @@ def test_relevance_of_frames_in_one_batch_equals_one_at_a_time(qa):
             scores = qa.model._score(prompt, tokens, (frames[None].float(), mask))[0][:, 0]
         without = (scores - np.logaddexp.reduce(scores))[OPTIONS.index(answer.text)]
         assert answer.relevance[hidden] == pytest.approx(math.log(answer.confidence) - without, abs=1e-4)
+        assert answer.hidden[hidden] == OPTIONS[int(scores.argmax())]
     assert np.ptp(answer.relevance) > 1e-4
 
 
