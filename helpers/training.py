@@ -502,22 +502,6 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread where there is no GPU.
-
-    Models that are trained without a GPU are too small to gain from more, and lose much on a busy machine; and the
-    order of sums, on which a whole run depends, is then the same whatever the number of cores.
-    """
-    threads = torch.get_num_threads()
-    if device().type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class RunControl(TrainerCallback):
     """After each step: log, evaluate, and decide whether to save or to stop."""
 
@@ -777,7 +761,7 @@ def _run(
     trainer.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
     trainer.display = LossDisplay(len(trainer.plan), done) if progress else None
     try:
-        with _stop_signals() as signals, _one_thread():
+        with _stop_signals() as signals:
             trainer.add_callback(RunControl(trainer, config, ends, signals, evaluate))
             trainer.recorder.began = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(path) if path else None)

@@ -191,19 +191,6 @@ def test_a_trained_model_that_is_deleted_gives_its_memory_back(tmp_path, world):
     assert gone() is None
 
 
-def test_training_on_a_cpu_is_the_same_on_any_number_of_cores(tmp_path, world):
-    before, seen = torch.get_num_threads(), []
-    questions, features, config = world
-    try:
-        torch.set_num_threads(2)
-        model = ToyModel()
-        model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
-        train(model, questions, features, config, tmp_path, progress=False)
-        assert set(seen) == {1} and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
 def newest(folder):
     return sorted((folder / "checkpoints").glob("step-*"))[-1]
 
