@@ -370,6 +370,10 @@ def features_overview(
     return figure
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"  # a title is not broken between the two
+
+
 @plt.rc_context(STYLE)
 def answer_overview(
     question: str,
@@ -422,14 +426,16 @@ def answer_overview(
     colors = [BLUE if value >= 0 else ORANGE for value in relevance]
     nats.bar(range(1, len(relevance) + 1), relevance, color=colors)
     nats.axhline(0, color="black", linewidth=0.8)
+    low, high = nats.get_ylim()
+    nats.set_ylim(min(low, -0.02), max(high, 0.1))  # else the rounding of a sure answer would look like relevance
     nats.set(title="Relevance of each frame", xlabel="frame (in order of time)")
     nats.set_ylabel("fall of log-probability\nif hidden (nats)")
     nats.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
     confidence = next(p for text, p in distribution if text == chosen)
-    title = f"{shorten(question, 90, placeholder=' ...')}   Answer: {chosen or '(nothing)'} ({100 * confidence:.0f} %)"
+    title = f"{shorten(question, 90, placeholder=' ...')}   Answer: {chosen or '(nothing)'} ({_percent(confidence)})"
     if blind is not None:
-        title += f";   without the GIF: {blind[0] or '(nothing)'} ({100 * blind[1]:.0f} %)"
+        title += f";   without the GIF: {blind[0] or '(nothing)'} ({_percent(blind[1])})"
     figure.suptitle("\n".join(wrap(title, 100)).replace("$", r"\$"))
     return figure
 

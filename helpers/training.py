@@ -18,8 +18,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,9 @@ from transformers import (
 )
 
 from helpers.workspace import compute_dtype, device
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Raised by hand when a run under the same settings would give another result, so that older checkpoints are refused.
 CONTRACT = 1
@@ -464,7 +468,18 @@ class LossDisplay:
 
     def draw(self, history: pd.DataFrame, window: int) -> None:
         """Draw the loss curve into this cell's output, over the one before."""
-        from IPython.display import display
+        from IPython.display import Image, display
+
+        picture = BytesIO()  # a bare figure is shown only where pyplot has set up the kernel
+        self.curve(history, window).savefig(picture, format="png")
+        shown = Image(picture.getvalue(), format="png", alt="training loss by step")
+        if self.handle is None:
+            self.handle = display(shown, display_id=True)
+        else:
+            self.handle.update(shown)
+
+    def curve(self, history: pd.DataFrame, window: int) -> "Figure":
+        """Loss of each step and its mean over `window` steps, on an axis as long as the whole run."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 3), layout="constrained")
@@ -473,10 +488,7 @@ class LossDisplay:
         axes.plot(history["step"], history["loss"].rolling(window, min_periods=1).mean(), label=f"mean of {window}")
         axes.set(title="Training loss", xlabel="step", ylabel="loss (nats a token)", xlim=(0, self.bar.total))
         axes.legend()
-        if self.handle is None:
-            self.handle = display(figure, display_id=True)
-        else:
-            self.handle.update(figure)
+        return figure
 
     def close(self) -> None:
         """End the bar."""
