@@ -20,7 +20,8 @@ SCORES = {
 COLUMNS = {"": "model", "blind_": "blind", "shuffled_": "shuffled", "majority_": "majority"}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+table { border-collapse: collapse; border: 0; margin: 1rem 0; overflow-x: auto;
+  display: block; width: fit-content; max-width: 100%; }
 th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
@@ -69,11 +70,11 @@ def _figures(notebook: Path) -> list[str]:
             heading = titles[-1] if titles else heading
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            kind = next((kind for kind in ("image/png", "image/jpeg", "image/gif") if kind in data), None)
+            kind = next((kind for kind in ("image/png", "image/jpeg") if kind in data), None)
             if kind:
                 image = "".join(data[kind].split())
                 parts.append((heading, f'<img alt="{html.escape(heading)}" src="data:{kind};base64,{image}">'))
-            elif "<table" in data.get("text/html", ""):
+            elif any(tag in data.get("text/html", "") for tag in ("<table", "<img")):
                 parts.append((heading, data["text/html"]))
     shown, last = [], ""
     for heading, part in parts:

@@ -14,6 +14,8 @@ from transformers import (
     XCLIPModel,
 )
 
+from helpers.config import load_profile
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -98,3 +100,21 @@ def tiny_llama_dir(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_profile(tiny_xclip_dir, tiny_llama_dir):
+    """The tiny profile on the random checkpoints, unquantised unless told otherwise; keys by `section__name`."""
+
+    def make(**changes):
+        overrides = {
+            "encoder.model": str(tiny_xclip_dir),
+            "data.image_size": 32,
+            "language_model.model": str(tiny_llama_dir),
+            "language_model.quantisation": "none",
+            "connector.hidden": 32,
+            "connector.queries": 4,
+        }
+        return load_profile("tiny", overrides | {key.replace("__", "."): value for key, value in changes.items()})
+
+    return make

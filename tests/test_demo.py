@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from helpers import demo
-from helpers.config import load_profile
 from helpers.corpora import own_gifs, shapes
 from helpers.demo import Session, built_in_gifs, find_bundle, parse_options, read_uploads
 from helpers.demo_page import DemoPage
@@ -31,16 +30,9 @@ NASTY = "<script>alert('x')</script> \"&<b>"
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory, tiny_xclip_dir, tiny_llama_dir):
+def bundles(tmp_path_factory, make_profile):
     """A bundle on random base models, and its blind twin beside it."""
-    overrides = {
-        "encoder.model": str(tiny_xclip_dir),
-        "data.image_size": 32,
-        "language_model.model": str(tiny_llama_dir),
-        "language_model.quantisation": "none",
-        "connector.hidden": 32,
-    }
-    folder, profile = tmp_path_factory.mktemp("bundles"), load_profile("tiny", overrides)
+    folder, profile = tmp_path_factory.mktemp("bundles"), make_profile()
     for name, video in (("bundle", True), ("blind", False)):
         GifQAModel.build(profile, torch.device("cpu"), video=video).save_bundle(folder / name)
     return folder, profile

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from helpers import scoring
-from helpers.config import load_profile
 from helpers.corpora import tgif_qa
 from helpers.models.gif_qa import GifQAModel
 from helpers.workspace import DeadlineReached
@@ -626,16 +625,9 @@ def test_accuracy_of_the_constant_two(official):
 # ---------------------------------------------------------------- with a real model
 
 
-def test_predictions_of_a_real_model_are_its_own_scores_in_any_batch(tiny_xclip_dir, tiny_llama_dir):
+def test_predictions_of_a_real_model_are_its_own_scores_in_any_batch(make_profile):
     torch.manual_seed(0)
-    overrides = {
-        "encoder.model": str(tiny_xclip_dir),
-        "data.image_size": 32,
-        "language_model.model": str(tiny_llama_dir),
-        "language_model.quantisation": "none",
-        "connector.hidden": 32,
-    }
-    model = GifQAModel.build(load_profile("tiny", overrides), torch.device("cpu"))
+    model = GifQAModel.build(make_profile(), torch.device("cpu"))
 
     class Features(FakeFeatures):
         def fetch(self, ids, groups):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from helpers.config import load_profile
 from helpers.models.gif_qa import GifQAModel
 
 
@@ -30,24 +29,6 @@ def tiny_gpt2_dir(tmp_path_factory, tiny_llama_dir):
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def make_profile(tiny_xclip_dir, tiny_llama_dir):
-    """The tiny profile on the random checkpoints, unquantised unless told otherwise; keys by `section__name`."""
-
-    def make(**changes):
-        overrides = {
-            "encoder.model": str(tiny_xclip_dir),
-            "data.image_size": 32,
-            "language_model.model": str(tiny_llama_dir),
-            "language_model.quantisation": "none",
-            "connector.hidden": 32,
-            "connector.queries": 4,
-        }
-        return load_profile("tiny", overrides | {key.replace("__", "."): value for key, value in changes.items()})
-
-    return make
 
 
 @pytest.fixture(scope="session")
