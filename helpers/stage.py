@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from helpers.attached import attached_stage, take_over
 from helpers.config import Profile, load_profile, nearest
-from helpers.workspace import machine, package_versions, repo_root, runs_root
+from helpers.workspace import DeadlineReached, machine, package_versions, platform, repo_root, runs_root
 
 SPEED_ONLY = {  # profile keys that change how fast a stage runs, not what it makes
     "data": {"workers"},
@@ -69,6 +70,8 @@ class Suite(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     repository: str | None
+    kaggle_models: dict[str, str] = Field(default_factory=dict)  # by the model's name on the Hugging Face hub
+    kaggle_wheels: list[str] = Field(default_factory=list)
     stages: list[StageSpec]
 
     def spec(self, name: str) -> StageSpec:
@@ -96,8 +99,9 @@ def load_suite(path: Path) -> Suite:
         raise StageError(f"{path}: {error}") from error
     names = [spec.name for spec in suite.stages]
     for position, spec in enumerate(suite.stages):
-        if not set(spec.inputs) <= set(names[:position]):
-            raise StageError(f"{path}: {spec.name} reads {spec.inputs}, but only earlier stages can be inputs")
+        read = [*spec.inputs, *spec.kaggle_sources]
+        if not set(read) <= set(names[:position]):
+            raise StageError(f"{path}: {spec.name} reads {read}, but only earlier stages can be inputs")
     return suite
 
 
@@ -123,15 +127,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def find_stage(run_folder: Path, name: str) -> Path:
-    """Return the folder of stage `name`: the run's own, else that of the run that it builds on, and so forth."""
+    """Return the folder of stage `name`: the run's own, else that of the run that it builds on, and so forth.
+
+    What none of these runs holds is looked for among attached inputs.
+    """
     own, seen = run_folder / name, {run_folder}
     while not (run_folder / name / "stage.json").is_file():
         note = run_folder / "upstream"
         if not note.is_file():
-            return own
+            return attached_stage(own.parent.name, name) or own
         run_folder = run_folder.parent / note.read_text(encoding="utf-8").strip()
         if run_folder in seen:
-            return own
+            return attached_stage(own.parent.name, name) or own
         seen.add(run_folder)
     return run_folder / name
 
@@ -296,6 +303,62 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _describe(
+    folder: Path, settings: Mapping[str, Any], outputs: Iterable[Path | str]
+) -> tuple[list[dict[str, Any]], str]:
+    """Return path and size of each output, and the digest that stands for settings and content together."""
+    records, contents = [], {}
+    for output in outputs:
+        path = folder / output
+        if not path.exists() or not path.resolve().is_relative_to(folder.resolve()):
+            raise StageError(f"{folder.name}: output {output} does not exist inside {folder}")
+        relative = path.resolve().relative_to(folder.resolve()).as_posix()
+        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        records.append({"path": relative, "bytes": sum(file.stat().st_size for file in files)})
+        # equal Lance tables are not equal files, and shards are large: there the settings stand for the content
+        contents[relative] = "" if ".lance" in {p.suffix for p in (path, *files)} else fingerprint(path)
+    key = settings_key(settings)
+    return records, hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_outputs(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a stage's folder that came from elsewhere, after comparing its files with it.
+
+    Raises StageError if there is no manifest, or an output is missing, has another size or another content.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise StageError(f"{folder} holds no stage.json")
+    records, digest = _describe(folder, manifest["settings"], [output["path"] for output in manifest["outputs"]])
+    if records != manifest["outputs"] or digest != manifest["digest"]:
+        raise StageError(f"{folder} is not what its stage.json says: files were lost or changed on the way")
+    return manifest
+
+
+def _end_green(stage: "Stage") -> None:
+    """Let a deadline that is reached end this notebook as `partial` and without an error.
+
+    Kaggle attaches outputs of runs without an error only. The error is taken off the cell's result after its message
+    was shown, and the cells after it do nothing.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def forgive(result: Any) -> None:
+        result.error_in_exec = None
+
+    def pause(shell: Any, kind: type, error: Exception, trace: Any, tb_offset: int | None = None) -> None:
+        stage.finish({"paused": str(error)}, status="partial")
+        shell.input_transformers_cleanup.append(lambda lines: [])
+        shell.events.register("post_run_cell", forgive)
+        print(f"{stage.name}: {error}")
+
+    shell.set_custom_exc((DeadlineReached,), pause)
+
+
 class Stage:
     """One notebook's work in one run.
 
@@ -320,6 +383,10 @@ class Stage:
         self.folder = self._run_folder / name
         self._settings = stage_settings(self._spec, self.profile, self.parameters, self._run_folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if platform() == "kaggle":
+            if take_over(self._run_folder.name, name, self.folder):
+                print(f"{name} goes on with the work of an earlier session")
+            _end_green(self)
         if not self._spec.always:  # what only shows the present state may be open several times at once
             hold_lock(self.folder / ".lock", f"{name} of run {self._run_folder.name!r}", LOCK_PATIENCE)
             check_conflict(self.folder, self._settings)
@@ -365,17 +432,7 @@ class Stage:
         """
         if status not in ("complete", "partial"):
             raise StageError(f"status must be 'complete' or 'partial', found {status!r}")
-        records, contents = [], {}
-        for output in outputs:
-            path = self.folder / output
-            if not path.exists() or not path.resolve().is_relative_to(self.folder.resolve()):
-                raise StageError(f"{self.name}: output {output} does not exist inside {self.folder}")
-            relative = path.resolve().relative_to(self.folder.resolve()).as_posix()
-            files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-            records.append({"path": relative, "bytes": sum(file.stat().st_size for file in files)})
-            # equal Lance tables are not equal files, and shards are large: there the settings stand for the content
-            contents[relative] = "" if ".lance" in {p.suffix for p in (path, *files)} else fingerprint(path)
-        key = settings_key(self._settings)
+        records, digest = _describe(self.folder, self._settings, outputs)
         manifest = {
             "name": self.name,
             "status": status,
@@ -384,8 +441,8 @@ class Stage:
             "metrics": _plain(metrics),
             "outputs": records,
             "settings": self._settings,
-            "key": key,
-            "digest": hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()[:16],
+            "key": settings_key(self._settings),
+            "digest": digest,
             "inputs": self._settings["inputs"],
             "parameters": _plain(self.parameters),
             "profile": self.profile.model_dump(),

@@ -56,6 +56,7 @@ COMMANDS = """commands (each has its own --help):
   ./run_all.sh bench [NAME]    the benchmarks, as ratios; results also as JSON
   ./run_all.sh score           score a result file of ScienceQA, anyone's, against gold answers; prints JSON
   ./run_all.sh make-shapes     write a fresh built-in world as GIF files and a CSV
+  ./run_all.sh kaggle          push the stages to Kaggle, watch, fetch and resume them
   ./run_all.sh readme          write the README's table of notebooks from suite.yaml
 
 examples:
@@ -697,6 +698,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return score(argv[1:])
             case ["make-shapes"]:
                 return make_shapes(argv[1:])
+            case ["kaggle"]:
+                return importlib.import_module("helpers.kaggle").main(argv[1:])
             case ["readme"]:
                 changed = update_readme(repo_root() / "README.md", load_suite(suite_file()))
                 print("README.md: table of notebooks", "updated" if changed else "already up to date")

@@ -1,0 +1,69 @@
+"""Installs what an image lacks, before anything is imported; only the standard library is used here."""
+
+import importlib
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from helpers.workspace import platform, repo_root
+
+PACKAGE = "gif-question-answering"  # the wheel in which the helpers come
+NEVER_TOUCHED = ("torch", "torchvision", "numpy", "pillow")  # built into the image for each other
+NOT_IN_A_KERNEL = {"jupyter", "kaggle", "nbclient", "nbformat", "papermill", "ipykernel"}  # of use outside only
+
+
+def missing_packages() -> list[str]:
+    """Return what a notebook needs and the environment lacks, with the supported ranges."""
+    clone = repo_root() / "requirements.txt"
+    if clone.is_file():
+        lines = clone.read_text(encoding="utf-8").partition("# Development")[0].splitlines()
+        stated = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    else:
+        stated = metadata.requires(PACKAGE) or []
+    names = {line: re.match(r"[A-Za-z0-9._-]+", line)[0].lower() for line in stated}
+    return [line for line, name in names.items() if name not in NOT_IN_A_KERNEL and not _installed(name)]
+
+
+def install_missing(wheels: Path | str = "") -> None:
+    """Install what is missing, from the folder `wheels` alone where all of it lies there, else from PyPI.
+
+    torch, numpy and Pillow stay as the image has them. On Kaggle and Colab torchao goes: peft refuses the old version
+    there, and the suite does not use it. Raises RuntimeError with pip's own words if something cannot be installed.
+    """
+    if platform() != "local" and _installed("torchao"):
+        _pip("uninstall", "--yes", "torchao")
+    missing = missing_packages()
+    if not missing:
+        return
+    kept = [f"{name}=={metadata.version(name)}" for name in NEVER_TOUCHED if _installed(name)]
+    print(f"Installing {', '.join(missing)}", flush=True)
+    try:
+        if not wheels:
+            raise FileNotFoundError("no folder of wheels")
+        _pip("install", "--no-index", "--find-links", str(wheels), *missing, *kept)
+    except (RuntimeError, FileNotFoundError) as offline:
+        try:
+            _pip("install", *missing, *kept)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{', '.join(missing)} could not be installed. Switch the notebook's internet on, or attach the wheels "
+                f"(./run_all.sh kaggle push --wheels).\nWithout internet: {offline}\nWith it: {error}"
+            ) from error
+    importlib.invalidate_caches()
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _pip(*arguments: str) -> None:
+    line = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-2000:])

@@ -1,0 +1,842 @@
+"""`run_all.sh kaggle`: the suite's stages as Kaggle notebooks, pushed in order, watched, fetched, and resumed.
+
+Each stage is one Kaggle notebook that attaches the outputs of the stages that it reads, and the helpers as a data set.
+Kaggle attaches the newest run without an error, whatever version is asked for; so every stage's manifest is compared
+with what was asked of it. What is known of a run lies in runs/<run>/kaggle.json, written before and after each step, so
+that `resume` goes on wherever this program, the network or a session ended.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import nbformat
+
+from helpers import attached
+from helpers.config import ConfigError
+from helpers.stage import (
+    StageError,
+    StageSpec,
+    check_outputs,
+    code_version,
+    differences,
+    hold_lock,
+    read_manifest,
+    release_lock,
+    stage_settings,
+    write_json,
+)
+from helpers.suite import DONE, FAILED, PAUSED, Failed, Paused, Plan, make_plan, parse_deadline
+from helpers.workspace import repo_root, runs_root
+
+GPU = "NvidiaTeslaT4"  # two T4s, the only GPUs for everyone; enable_gpu alone no longer says which GPU comes
+HELPERS, MARKER = "gifqa-helpers", "gif_qa_helpers.json"  # the data set, and the file by which notebooks know it
+LICENCE = "apache-2.0"  # Kaggle's name of it; data sets must state exactly one
+POLL_SECONDS, RETRY_SECONDS, TRIES = 30.0, 5.0, 6
+READY_SECONDS = 3600.0  # new data sets took 15 minutes for 228 MB
+MARGIN_SECONDS = 1800.0  # a session stops its own work this long before Kaggle would cancel it
+PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for
+SLUG_LENGTH = 50
+FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
+UNDER_WAY = {"QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT"}
+ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": "cancelled"}
+# wheels for any Python from 3.12 on, as the image's version moves
+WHEEL_TAGS = ("--python-version=3.12", "--platform=manylinux_2_28_x86_64", "--platform=manylinux2014_x86_64")
+
+
+# ---------------------------------------------------------------------------------- what is made from suite.yaml
+
+
+def slug(*parts: str) -> str:
+    """Join words to a name as Kaggle makes it of a title; raises ConfigError if it is too long."""
+    name = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+    if len(name) > SLUG_LENGTH:
+        raise ConfigError(
+            f"Kaggle's names have at most {SLUG_LENGTH} characters, {name} has {len(name)}: shorten --run"
+        )
+    return name
+
+
+def kernel_id(owner: str, run: str, stage: str) -> str:
+    """Return `owner/name` of a stage's notebook on Kaggle."""
+    return f"{owner}/{slug('gifqa', run, stage)}"
+
+
+def kernel_metadata(
+    plan: Plan, spec: StageSpec, owner: str, data_sets: Sequence[str] = (), own_output: bool = False
+) -> dict[str, Any]:
+    """Return the content of kernel-metadata.json, made from suite.yaml.
+
+    data_sets: further data sets than the helpers'. own_output: attach what the notebook's last run left.
+    """
+    name = kernel_id(owner, plan.run, spec.name)
+    run = [other for other in plan.specs if other.name in {*spec.inputs, *spec.kaggle_sources}]
+    sources = [kernel_id(owner, plan.run, other.name) for other in run]
+    reads_language_model = any("language_model" in other.sections for other in (spec, *run))
+    model = plan.suite.kaggle_models.get(plan.profile.language_model.model)
+    return {
+        "id": name,
+        "title": name.partition("/")[2].replace("-", " "),  # its slug must be the id
+        "code_file": f"{spec.name}.ipynb",
+        "language": "python",
+        "kernel_type": "notebook",
+        "is_private": True,
+        "enable_gpu": spec.gpu,
+        "enable_tpu": False,
+        "enable_internet": True,  # always written: client and documentation disagree about the default
+        **({"machine_shape": GPU} if spec.gpu else {}),
+        "dataset_sources": [f"{owner}/{HELPERS}", *data_sets],
+        "competition_sources": [],
+        "kernel_sources": [*sources, name] if own_output else sources,
+        "model_sources": [model] if model and reads_language_model else [],
+    }
+
+
+def dataset_metadata(ref: str) -> dict[str, Any]:
+    """Return the content of dataset-metadata.json for the data set `owner/name`."""
+    return {"title": ref.partition("/")[2].replace("-", " "), "id": ref, "licenses": [{"name": LICENCE}]}
+
+
+def write_kernel(folder: Path, plan: Plan, spec: StageSpec, metadata: dict[str, Any], seconds: float) -> None:
+    """Write the two files of a push: the notebook with its parameters and its deadline, and the metadata."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    book = load_notebook_node(str(plan.notebooks / f"{spec.name}.ipynb"))
+    common = {"profile": plan.profile_name, "run": plan.run, "overrides": plan.overrides}
+    book = parameterize_notebook(book, common | plan.parameters[spec.name])
+    work = seconds - min(MARGIN_SECONDS, 0.1 * seconds)
+    # a session's own limit, where one is set, comes first
+    clock = f'import os\nimport time\n\nos.environ.setdefault("SUITE_DEADLINE", str(time.time() + {work:.0f}))'
+    book.cells.insert(0, nbformat.v4.new_code_cell(clock))
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(book, folder / metadata["code_file"])
+    write_json(folder / "kernel-metadata.json", metadata)
+
+
+def build_helpers(folder: Path, ref: str, packages: Sequence[str] = ()) -> str:
+    """Write the data set with the helpers' wheel and, where asked, wheels of `packages`; returns a hash of all files.
+
+    Raises Failed with pip's own words.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    # the build tool is part of the environment of run_all.sh; elsewhere pip fetches it
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    _pip("wheel", "--no-deps", *isolation, "--wheel-dir", str(folder), str(repo_root()))
+    if packages:
+        _pip("download", "--no-deps", "--only-binary=:all:", *WHEEL_TAGS, "--dest", str(folder), *packages)
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.whl"))}
+    write_json(folder / MARKER, {"code": code_version(), "files": files})
+    write_json(folder / "dataset-metadata.json", dataset_metadata(ref))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _pip(*arguments: str) -> None:
+    line = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(f"pip {arguments[0]}: {done.stderr.strip()[-2000:]}")
+
+
+# ------------------------------------------------------------------------------------------------- the platform
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+def _sign_in() -> Any:
+    """Return Kaggle's own client, signed in; raises ConfigError if there is no token or it is refused."""
+    # The package signs in while it is imported, prints a page of help if it cannot, and does not honour
+    # KAGGLE_API_ENVIRONMENT then: without the token that first attempt is none, and the second one below is told apart.
+    with _without("KAGGLE_API_TOKEN"), contextlib.redirect_stdout(io.StringIO()):
+        from kaggle.api.kaggle_api_extended import KaggleApi
+        from kagglesdk import KaggleClient, get_access_token_from_env
+        from requests import HTTPError
+
+    class Client(KaggleApi):
+        def build_kaggle_client(self) -> KaggleClient:
+            """As the parent, which names the production site here; the SDK itself asks KAGGLE_API_ENVIRONMENT."""
+            login = {key: self.config_values.get(key) for key in (self.CONFIG_NAME_USER, self.CONFIG_NAME_KEY)}
+            return KaggleClient(
+                username=login[self.CONFIG_NAME_USER],
+                password=login[self.CONFIG_NAME_KEY],
+                api_token=self.config_values.get(self.CONFIG_NAME_TOKEN),
+            )
+
+    api = Client()
+    way = (
+        "Make a token at https://www.kaggle.com/settings/api, and put it into the variable KAGGLE_API_TOKEN "
+        "or the file ~/.kaggle/access_token."
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            api.authenticate()
+    except SystemExit:
+        had = get_access_token_from_env()[0]
+        raise ConfigError(
+            f"{'Kaggle refused the token: it is expired or wrong' if had else 'no token'}. {way}"
+        ) from None
+    except HTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise ConfigError(f"Kaggle refused the token: it is expired or wrong. {way}") from None
+        raise
+    return api
+
+
+class Site:
+    """What the suite asks of Kaggle, through its own client; faults of the network are retried."""
+
+    def __init__(self) -> None:
+        self.api = self._call("signing in", _sign_in)
+        self.owner: str = self.api.config_values[self.api.CONFIG_NAME_USER]
+
+    def _call(self, what: str, function: Callable[..., Any], *arguments: Any, absent: tuple[int, ...] = ()) -> Any:
+        """Call the client; returns None for an HTTP status in `absent`.
+
+        Raises ConfigError where the answer is a refusal, Paused if there was no answer in several attempts.
+        """
+        import requests
+
+        for attempt in range(TRIES):
+            try:
+                return function(*arguments)
+            except requests.HTTPError as error:
+                code = error.response.status_code if error.response is not None else 0
+                if code in absent:
+                    return None
+                if code == 401:
+                    raise ConfigError(
+                        f"{what}: Kaggle refused the token (401): it is expired; make a new one"
+                    ) from None
+                if code in (403, 404):
+                    raise ConfigError(
+                        f"{what}: Kaggle knows no such thing of yours ({code}): check name and owner"
+                    ) from None
+                if code != 429 and code < 500:
+                    raise Failed(f"{what}: {error}") from error
+                fault = error
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+                fault = error
+            print(f"  {what}: no answer ({type(fault).__name__}), trying again", file=sys.stderr)
+            time.sleep(RETRY_SECONDS * 2**attempt)
+        raise Paused(f"{what}: Kaggle did not answer {TRIES} times; runs that were started go on there")
+
+    def _ask(self, what: str, service: str, method: str, request: Any, absent: tuple[int, ...] = ()) -> Any:
+        """Send one request of the SDK: the client's own methods hide the HTTP status, and truncate lists."""
+
+        def send() -> Any:
+            with self.api.build_kaggle_client() as client:
+                api = client.kernels.kernels_api_client if service == "kernels" else client.datasets.dataset_api_client
+                return getattr(api, method)(request)
+
+        return self._call(what, send, absent=absent)
+
+    def data_set_version(self, ref: str) -> int:
+        """Return the newest version's number; 0 while there is none that can be read."""
+        from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
+
+        request = ApiGetDatasetRequest()
+        request.owner_slug, request.dataset_slug = ref.split("/")
+        found = self._ask(f"data set {ref}", "datasets", "get_dataset", request, absent=(403, 404))
+        return found.current_version_number or 0 if found else 0
+
+    def publish(self, folder: Path, ref: str) -> None:
+        """Make the data set, or its next version, of a folder's files, and wait until notebooks can attach it."""
+        before = self.data_set_version(ref)
+        make = (
+            (self.api.dataset_create_version, str(folder), "new")
+            if before
+            else (self.api.dataset_create_new, str(folder))
+        )
+        answer = self._call(f"data set {ref}", lambda: make[0](*make[1:], quiet=True))
+        if answer is None or answer.error or (answer.status or "").lower() != "ok":
+            raise Failed(f"data set {ref} was refused: {answer.error if answer else 'no reason given'}")
+        until = time.monotonic() + READY_SECONDS
+        while not self._ready(ref, before):
+            if time.monotonic() > until:
+                raise Paused(f"data set {ref} is not ready after {READY_SECONDS / 60:.0f} minutes")
+            time.sleep(POLL_SECONDS)
+        sent = {path.name for path in folder.iterdir()} - {self.api.DATASET_METADATA_FILE}
+        there = {file.name for file in self._call(f"files of {ref}", self.api.dataset_list_files, ref, None, 200).files}
+        if not sent <= there:  # the client leaves out a file that failed to upload, and says nothing
+            raise Failed(f"data set {ref} lacks {', '.join(sorted(sent - there))}; resume uploads it again")
+
+    def _ready(self, ref: str, before: int) -> bool:
+        """Whether a version after `before` can be attached; its owner gets 403 until then."""
+        status = self._call(f"data set {ref}", self.api.dataset_status, ref, absent=(403, 404))
+        if status in ("failed", "deleted"):
+            raise Failed(f"data set {ref} is {status} on Kaggle")
+        return status == "ready" and self.data_set_version(ref) > before
+
+    def kernel(self, ref: str) -> Any:
+        """Return what Kaggle knows of a notebook (its metadata), or None if there is none."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+
+        request = ApiGetKernelRequest()
+        request.user_name, request.kernel_slug = ref.split("/")
+        found = self._ask(f"notebook {ref}", "kernels", "get_kernel", request, absent=(403, 404))
+        return found.metadata if found else None
+
+    def version(self, ref: str) -> int:
+        """Return a notebook's newest version number; 0 if there is none."""
+        found = self.kernel(ref)
+        return found.current_version_number or 0 if found else 0
+
+    def push(self, folder: Path, seconds: float, ref: str, before: int) -> str:
+        """Push a notebook; returns Kaggle's reason if it was refused, else "".
+
+        A push whose answer was lost is not sent twice: a version after `before` says that it arrived.
+        """
+        import requests
+
+        def send() -> str:
+            try:
+                answer = self.api.kernels_push(str(folder), timeout=str(int(seconds)))
+            except (requests.ConnectionError, requests.Timeout):
+                if self.version(ref) > before:
+                    return ""
+                raise
+            if answer is None:
+                return "no reason given"
+            kinds = {"data sets": answer.invalid_dataset_sources, "notebooks": answer.invalid_kernel_sources}
+            kinds["models"] = answer.invalid_model_sources
+            invalid = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+            return answer.error or (f"not valid as sources: {invalid}" if invalid else "")
+
+        return self._call(f"push of {ref}", send)
+
+    def status(self, ref: str) -> tuple[str, str]:
+        """Return the state of a notebook's newest run and Kaggle's message about a failure."""
+        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
+
+        request = ApiGetKernelSessionStatusRequest()
+        request.user_name, request.kernel_slug = ref.split("/")
+        found = self._ask(f"notebook {ref}", "kernels", "get_kernel_session_status", request)
+        return found.status.name, found.failure_message or ""
+
+    def _outputs(self, ref: str) -> tuple[dict[str, str], str]:
+        from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
+
+        request = ApiListKernelSessionOutputRequest()
+        request.user_name, request.kernel_slug = ref.split("/")
+        request.page_size = 100
+        files: dict[str, str] = {}
+        while True:
+            page = self._ask(f"files of {ref}", "kernels", "list_kernel_session_output", request)
+            files |= {file.file_name: file.url for file in page.files or []}
+            if not page.next_page_token:
+                return files, page.log or ""
+            request.page_token = page.next_page_token
+
+    def outputs(self, ref: str) -> dict[str, str]:
+        """Return name and address of each file that a notebook's newest run left, also of one that died."""
+        return self._outputs(ref)[0]
+
+    def log(self, ref: str) -> str:
+        """Return what a notebook's newest run printed."""
+        text = self._outputs(ref)[1]
+        try:
+            return "".join(event.get("data", "") for event in json.loads(text))
+        except (ValueError, AttributeError, TypeError):  # not the list of events that it is now
+            return text
+
+    def download(self, url: str, path: Path) -> None:
+        """Fetch one file, whole or not at all."""
+        import requests
+
+        def fetch() -> None:
+            temporary = path.with_name(f".{path.name}.part")
+            with requests.get(url, stream=True, timeout=120) as answer:
+                answer.raise_for_status()
+                with temporary.open("wb") as file:
+                    for block in answer.iter_content(1 << 20):
+                        file.write(block)
+            expected = answer.headers.get("Content-Length")
+            if expected and "Content-Encoding" not in answer.headers and temporary.stat().st_size != int(expected):
+                raise requests.ConnectionError(f"{path.name} came short")
+            temporary.replace(path)
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._call(f"download of {path.name}", fetch)
+
+
+# ----------------------------------------------------------------------------------------------------- a run
+
+
+class Remote:
+    """One run of the suite on Kaggle, as runs/<run>/kaggle.json knows it."""
+
+    def __init__(self, plan: Plan, state: dict[str, Any]) -> None:
+        self.plan, self.state = plan, state
+        self.site = Site()
+        if state.setdefault("owner", self.site.owner) != self.site.owner:
+            raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
+        for spec in plan.specs:
+            entry = {"status": "waiting", "kernel": kernel_id(self.site.owner, plan.run, spec.name), "source": ""}
+            state.setdefault("stages", {}).setdefault(spec.name, entry)
+        self.save()
+
+    def save(self) -> None:
+        """Write the state, whole or not at all."""
+        self.plan.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.plan.folder / "kaggle.json", self.state)
+
+    def note(self, spec: StageSpec, **values: Any) -> dict[str, Any]:
+        """Change a stage's entry and save the state."""
+        entry = self.state["stages"][spec.name]
+        entry |= values
+        self.save()
+        return entry
+
+    def status(self, spec: StageSpec) -> str:
+        """Return waiting, pushing, running, complete, failed or cancelled."""
+        return self.state["stages"][spec.name]["status"]
+
+    # -- going on
+
+    def recover(self) -> None:
+        """Make what an earlier command left ready to go on: pushes without an answer, dead and refused runs."""
+        for spec in self.plan.specs:
+            entry = self.state["stages"][spec.name]
+            if entry["status"] == "pushing":
+                arrived = self.site.version(entry["kernel"]) > entry["before"]
+                self.note(spec, status="running" if arrived else "waiting")
+            elif entry["status"] in ("failed", "cancelled"):
+                if entry.get("ran"):
+                    self._hand_over(spec)
+                self.note(spec, status="waiting", ran=False)
+
+    def _hand_over(self, spec: StageSpec) -> None:
+        """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run."""
+        if self._stays_there(spec):
+            return
+        run, ref = self.plan.run, f"{self.site.owner}/{slug('gifqa', self.plan.run, spec.name[:2], 'work')}"
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, data_set = Path(scratch) / "stage", Path(scratch) / "data"
+            self._fetch(spec, folder)
+            if not attached.holds_work(folder):
+                return
+            attached.pack(run, spec.name, folder, data_set)
+            write_json(data_set / "dataset-metadata.json", dataset_metadata(ref))
+            print(f"{spec.name}: the work of the run that ended is handed over as {ref}", flush=True)
+            self.site.publish(data_set, ref)
+        self.note(spec, source=ref)
+
+    def follow(self, deadline: float) -> int:
+        """Push what can be pushed and watch what runs until all is complete; returns the exit code.
+
+        Raises Failed for the first stage that fails and Paused when a run was cancelled or the deadline passed.
+        """
+        self._publish_helpers()
+        while True:
+            for spec in self.plan.specs:
+                if self.status(spec) == "running":
+                    self._look(spec)
+                if self.status(spec) == "waiting" and all(
+                    self.status(other) == "complete" for other in self._before(spec)
+                ):
+                    self._push(spec)
+            if all(self.status(spec) == "complete" for spec in self.plan.specs):
+                return DONE
+            if time.time() >= deadline:
+                raise Paused("still running on Kaggle")
+            time.sleep(POLL_SECONDS)
+
+    def _before(self, spec: StageSpec) -> list[StageSpec]:
+        names = {*spec.inputs, *spec.kaggle_sources}
+        absent = {*spec.inputs} - {other.name for other in self.plan.specs}
+        if absent:
+            raise ConfigError(f"{spec.name} reads {', '.join(sorted(absent))}, which is not part of this run")
+        return [other for other in self.plan.specs if other.name in names]
+
+    def _publish_helpers(self) -> None:
+        if all(self.status(spec) in ("complete", "running") for spec in self.plan.specs):
+            return
+        ref, folder = f"{self.site.owner}/{HELPERS}", self.plan.folder / "kaggle" / "helpers"
+        digest = build_helpers(folder, ref, self.plan.suite.kaggle_wheels if self.state["wheels"] else ())
+        if self.state.get("helpers") != digest:
+            print(f"Helpers: {ref}", flush=True)
+            self.site.publish(folder, ref)
+            self.state["helpers"] = digest
+            self.save()
+
+    def _push(self, spec: StageSpec) -> None:
+        """Push one stage; raises Failed if Kaggle refuses it or attaches other sources than it was given."""
+        entry = self.state["stages"][spec.name]
+        ref, seconds, source = entry["kernel"], self.state["seconds"], entry["source"]
+        data_sets = [*(self.state["attach"] if "gifs" in self.plan.parameters[spec.name] else ())]
+        if "/" in source:
+            data_sets.append(source)
+        wanted = kernel_metadata(self.plan, spec, self.site.owner, data_sets, own_output=source == "own")
+        folder = self.plan.folder / "kaggle" / spec.name
+        write_kernel(folder, self.plan, spec, wanted, seconds)
+        before = self.site.version(ref)
+        self.note(spec, status="pushing", before=before)
+        refusal = self.site.push(folder, seconds, ref, before)
+        if FULL.search(refusal):
+            if entry.get("message") != refusal:
+                print(f"{spec.name} waits: {refusal}", flush=True)
+            self.note(spec, status="waiting", message=refusal)
+            return
+        # with invalid sources Kaggle runs the rest nevertheless
+        arrived = self._arrived(ref, before, patient=not refusal)
+        lacks = _lacking(wanted, arrived) if arrived else []
+        if refusal or lacks:
+            reason = refusal or f"Kaggle did not attach {', '.join(lacks)}"
+            self.note(spec, status="failed", message=reason, ran=False)
+            raise Failed(f"{spec.name} was not pushed as asked: {reason}")
+        version = arrived.current_version_number
+        self.note(spec, status="running", version=version, message="", ran=True, pushes=entry.get("pushes", 0) + 1)
+        print(f"{spec.name}: pushed, version {version} of {ref}", flush=True)
+
+    def _arrived(self, ref: str, before: int, patient: bool) -> Any:
+        """Return a pushed notebook as Kaggle has it; without it the state of the version before would be taken for it.
+
+        Raises Paused if `patient` waiting was in vain.
+        """
+        until = time.monotonic() + READY_SECONDS
+        while True:
+            found = self.site.kernel(ref)
+            if found and (found.current_version_number or 0) > before:
+                return found
+            if not patient:
+                return None
+            if time.monotonic() > until:
+                raise Paused(f"{ref}: the version that was pushed does not show up on Kaggle")
+            time.sleep(POLL_SECONDS)
+
+    def _look(self, spec: StageSpec) -> None:
+        """Ask how a run stands, and take over what it made when it ended."""
+        entry = self.state["stages"][spec.name]
+        status, message = self.site.status(entry["kernel"])
+        if status in UNDER_WAY:
+            return
+        if status not in ENDED:
+            raise Failed(f"{spec.name}: Kaggle tells an unknown status {status!r}")
+        outcome = ENDED[status]
+        self.note(spec, message=message)
+        if outcome == "complete":
+            self._take(spec)
+            return
+        self.note(spec, status=outcome)
+        if outcome == "cancelled":
+            raise Paused(f"{spec.name} was cancelled on Kaggle, at its time limit or by hand")
+        tail = "\n".join(self.site.log(entry["kernel"]).rstrip().splitlines()[-20:])
+        raise Failed(f"{spec.name} failed on Kaggle: {message or 'no reason given'}\n{tail}")
+
+    def _take(self, spec: StageSpec) -> None:
+        """Check the manifest of a run that ended without an error, and fetch its files."""
+        entry = self.state["stages"][spec.name]
+        try:
+            manifest = self._manifest(spec)
+        except Failed as error:
+            self.note(spec, status="failed", message=str(error))
+            raise
+        if manifest["status"] == "partial":
+            if entry.get("manifest", {}).get("metrics") == manifest["metrics"]:
+                self.note(spec, status="failed", message="no progress")
+                raise Failed(f"{spec.name} made no progress in a whole session: give it longer (--session HOURS)")
+            print(f"{spec.name}: partly done, it goes on in another session", flush=True)
+            self.note(spec, status="waiting", source="own", manifest=manifest)
+            return
+        self.note(spec, manifest=manifest)
+        if not self._stays_there(spec):
+            self.pull(spec)
+        self.note(spec, status="complete", source="")
+        print(f"{spec.name}: complete in {manifest['seconds']:.0f} s", flush=True)
+
+    # -- files
+
+    def _stays_there(self, spec: StageSpec) -> bool:
+        return spec.gigabytes.get(self.plan.profile.name, 0.0) > PULLED_GIGABYTES
+
+    def _names(self, spec: StageSpec) -> dict[str, str]:
+        """Return the files of the stage's folder among a run's outputs: relative name and address."""
+        prefix = f"runs/{self.plan.run}/{spec.name}/"
+        files = self.site.outputs(self.state["stages"][spec.name]["kernel"])
+        return {name[len(prefix) :]: url for name, url in files.items() if name.startswith(prefix)}
+
+    def _fetch(self, spec: StageSpec, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, url in self._names(spec).items():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise Failed(f"{spec.name} left a file that would leave its folder: {name!r}")
+            if path.name != ".lock":
+                self.site.download(url, folder / path)
+
+    def _manifest(self, spec: StageSpec) -> dict[str, Any]:
+        """Fetch and check a stage's manifest: is it of this stage, these settings and these inputs?"""
+        url = self._names(spec).get("stage.json")
+        if url is None:
+            raise Failed(f"{spec.name} ended on Kaggle without finishing its stage: it left no stage.json")
+        with tempfile.TemporaryDirectory() as scratch:
+            self.site.download(url, Path(scratch) / "stage.json")
+            manifest = read_manifest(Path(scratch))
+        wanted = self._settings(spec)
+        found = {key: manifest["settings"].get(key) for key in wanted}
+        if manifest["name"] != spec.name or manifest["status"] not in ("complete", "partial") or found != wanted:
+            raise Failed(
+                f"{spec.name} was run on Kaggle with other settings or inputs than this run's:\n  "
+                + "\n  ".join(differences(found, wanted))
+            )
+        return manifest
+
+    def _settings(self, spec: StageSpec) -> dict[str, Any]:
+        """Return what a manifest must say; parameters may name files that are only on Kaggle, and are left out."""
+        settings = stage_settings(spec, self.plan.profile, {}, self.plan.folder)
+        inputs = {name: self.state["stages"][name]["manifest"]["digest"] for name in spec.inputs}
+        return {"contract": settings["contract"], "profile": settings["profile"], "inputs": inputs}
+
+    def pull(self, spec: StageSpec) -> Path:
+        """Fetch a stage's files into runs/<run>/<stage>, checked against its manifest before they are put there.
+
+        Raises StageError if another result of the stage lies there, Failed if what came is not what was made.
+        """
+        folder, wanted = self.plan.folder / spec.name, self.state["stages"][spec.name]["manifest"]
+        there = read_manifest(folder)
+        if there is not None and there["digest"] == wanted["digest"]:
+            return folder
+        if folder.exists():
+            raise StageError(f"{folder} holds another result of {spec.name}: move it away, or use --run NAME")
+        scratch = folder.with_name(f".{spec.name}.pull")
+        shutil.rmtree(scratch, ignore_errors=True)
+        self._fetch(spec, scratch)
+        try:
+            manifest = check_outputs(scratch)
+        except StageError as error:
+            raise Failed(f"{spec.name} did not come whole from Kaggle: {error}") from error
+        if manifest["digest"] != wanted["digest"]:
+            raise Failed(f"{spec.name} was run again on Kaggle since: resume this run")
+        scratch.replace(folder)
+        return folder
+
+
+def _lacking(wanted: dict[str, Any], found: Any) -> list[str]:
+    """Name every source and setting that a pushed notebook should have and, as Kaggle tells, has not."""
+    lacks = []
+    kinds = {
+        "dataset": found.dataset_data_sources,
+        "kernel": found.kernel_data_sources,
+        "model": found.model_data_sources,
+    }
+    for kind, names in kinds.items():
+        there = {name.lower() for name in names or []}
+        lacks += [
+            f"the {kind} {name}"
+            for name in wanted[f"{kind}_sources"]
+            if not any(other == name.lower() or other.startswith(f"{name.lower()}/") for other in there)
+        ]
+    if wanted["enable_gpu"] and found.machine_shape and found.machine_shape != wanted["machine_shape"]:
+        lacks.append(f"the GPU {wanted['machine_shape']}")
+    return lacks
+
+
+# -------------------------------------------------------------------------------------------------- commands
+
+
+def push_parser() -> argparse.ArgumentParser:
+    """Return the parser of `run_all.sh kaggle push`."""
+    parser = argparse.ArgumentParser(prog="run_all.sh kaggle push", description=_push.__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--profile", default="kaggle", metavar="NAME", help="kaggle, tiny or another profile of the suite")
+    add("--run", default="", metavar="NAME", help="name of the run here and there (default: the profile's name)")
+    add("--from", dest="start", default="", metavar="STAGE", help="first stage; it may read no earlier one")
+    add("--only", action="append", default=[], metavar="STAGE", help="push this stage only; may be repeated")
+    add(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="as in a run here",
+    )
+    add("--attach", action="append", default=[], metavar="OWNER/DATASET", help="data set with GIFs or questions for 01")
+    add("--wheels", action="store_true", help="send wheels of what Kaggle lacks along: notebooks need no internet")
+    add("--session", type=float, default=12.0, metavar="HOURS", help="time limit of each session (default: 12)")
+    add(
+        "--deadline", default="", metavar="WHEN", help="stop watching at HH:MM or in so many minutes, with exit code 75"
+    )
+    parser.set_defaults(gifs="", qa="", holdout=None, bundle="", upstream="", force=False)
+    return parser
+
+
+def _plan(argv: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
+    """Return plan and fresh state of a push's command line; raises ConfigError if it cannot be."""
+    args = push_parser().parse_args(argv)
+    if args.profile.endswith((".yaml", ".yml")):
+        raise ConfigError(
+            "Kaggle's notebooks know the suite's own profiles only: take one of these and change it by -p"
+        )
+    if not 0 < args.session <= 12:
+        raise ConfigError(f"--session {args.session:g}: sessions on Kaggle last 12 hours at most")
+    for ref in args.attach:
+        if not re.fullmatch(r"[\w-]+/[\w-]+", ref):
+            raise ConfigError(f"--attach {ref}: give a data set as OWNER/NAME, as in its address")
+    plan = make_plan(args, argv)
+    state = {"argv": list(argv), "seconds": 3600 * args.session, "attach": args.attach, "wheels": args.wheels}
+    return plan, state
+
+
+def _read_state(run: str) -> dict[str, Any]:
+    path = runs_root() / run / "kaggle.json"
+    if not path.is_file():
+        raise ConfigError(f"run {run!r} was never pushed: there is no {path}. Start with ./run_all.sh kaggle push")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _strip_deadline(argv: Sequence[str]) -> tuple[list[str], float]:
+    """Split `--deadline WHEN`, which is of one command, from the words that describe the run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--deadline", default="")
+    known, rest = parser.parse_known_args(argv)
+    return rest, parse_deadline(known.deadline) if known.deadline else math.inf
+
+
+def _push(argv: Sequence[str]) -> int:
+    """Push the stages as Kaggle notebooks, in order, wait for them and fetch what they make."""
+    argv, deadline = _strip_deadline(argv)
+    plan, state = _plan(argv)
+    path = plan.folder / "kaggle.json"
+    if path.is_file():
+        before = _read_state(plan.run)
+        if before["argv"] != state["argv"]:
+            raise ConfigError(
+                f"run {plan.run!r} was pushed with other options ({' '.join(before['argv']) or 'none'}): use --run NAME"
+            )
+        state = before
+    return _go(plan, state, deadline)
+
+
+def _resume(argv: Sequence[str]) -> int:
+    """Go on with a run that was pushed: what died is pushed again with the work that it left."""
+    argv, deadline = _strip_deadline(argv)
+    state = _read_state(_run_parser("resume", _resume.__doc__).parse_args(argv).run)
+    return _go(_plan(state["argv"])[0], state, deadline)
+
+
+def _go(plan: Plan, state: dict[str, Any], deadline: float) -> int:
+    from helpers.report import score_table, write_report
+
+    again = f"To go on: ./run_all.sh kaggle resume --run {plan.run}"
+    hold_lock(plan.folder / ".kaggle.lock", f"run {plan.run!r} on Kaggle")
+    try:
+        remote = Remote(plan, state)
+        remote.recover()
+        code = remote.follow(deadline)
+    except Paused as pause:
+        print(f"Paused: {pause}\n{again}")
+        return PAUSED
+    except Failed as error:
+        raise Failed(f"{error}\n{again}") from error
+    finally:
+        release_lock(plan.folder / ".kaggle.lock")
+    table = score_table(plan.folder)
+    if table is not None:
+        print(f"\n{table.to_string(na_rep='-', float_format=lambda value: f'{value:.3f}')}\n")
+    print(f"Report: {write_report(plan.suite, plan.folder, plan.profile)}")
+    return code
+
+
+def _run_parser(command: str, text: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"run_all.sh kaggle {command}", description=text, allow_abbrev=False)
+    parser.add_argument("--run", default="kaggle", metavar="NAME", help="name of the run (default: kaggle)")
+    return parser
+
+
+def _open(run: str) -> Remote:
+    state = _read_state(run)
+    return Remote(_plan(state["argv"])[0], state)
+
+
+def _status(argv: Sequence[str]) -> int:
+    """Print how each stage stands, here and on Kaggle."""
+    remote = _open(_run_parser("status", _status.__doc__).parse_args(argv).run)
+    for spec in remote.plan.specs:
+        entry = remote.state["stages"][spec.name]
+        there = ": ".join(filter(None, remote.site.status(entry["kernel"]))) if entry["status"] == "running" else ""
+        print(f"{spec.name:24} {entry['status']:10} {there or entry.get('message', '')}".rstrip())
+    states = {remote.status(spec) for spec in remote.plan.specs}
+    return DONE if states == {"complete"} else FAILED if "failed" in states else PAUSED
+
+
+def _stage_argument(parser: argparse.ArgumentParser, many: str | None) -> None:
+    parser.add_argument("stages", nargs=many, metavar="STAGE", help="a stage, e.g. 03")
+
+
+def _chosen(remote: Remote, words: Sequence[str]) -> list[StageSpec]:
+    chosen = [spec for spec in remote.plan.specs if any(spec.name.startswith(word) for word in words)]
+    if not chosen:
+        raise ConfigError(f"run {remote.plan.run!r} has no stage {' or '.join(words)}")
+    return chosen
+
+
+def _logs(argv: Sequence[str]) -> int:
+    """Print what the newest run of a stage printed on Kaggle."""
+    parser = _run_parser("logs", _logs.__doc__)
+    _stage_argument(parser, "+")
+    args = parser.parse_args(argv)
+    remote = _open(args.run)
+    for spec in _chosen(remote, args.stages):
+        print(remote.site.log(remote.state["stages"][spec.name]["kernel"]))
+    return DONE
+
+
+def _pull(argv: Sequence[str]) -> int:
+    """Fetch the files of finished stages into runs/<run>, large ones too, and check them against their manifests."""
+    parser = _run_parser("pull", _pull.__doc__)
+    _stage_argument(parser, "*")
+    args = parser.parse_args(argv)
+    remote = _open(args.run)
+    specs = _chosen(remote, args.stages) if args.stages else remote.plan.specs
+    done = [spec for spec in specs if remote.status(spec) == "complete"]
+    for spec in done:
+        print(f"{spec.name}: {remote.pull(spec)}", flush=True)
+    for spec in specs:
+        if spec not in done:
+            print(f"{spec.name}: {remote.status(spec)}, nothing to fetch")
+    return DONE if len(done) == len(specs) else PAUSED
+
+
+COMMANDS = {"push": _push, "status": _status, "logs": _logs, "pull": _pull, "resume": _resume}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `run_all.sh kaggle COMMAND ...`; returns its exit code, raises ConfigError, StageError or Failed."""
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh kaggle",
+        description=__doc__,
+        epilog="\n".join(f"  {name:8} {function.__doc__}" for name, function in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    args = parser.parse_args(argv[:1])
+    try:
+        return COMMANDS[args.command](argv[1:])
+    except Paused as pause:
+        print(f"Paused: {pause}", file=sys.stderr)
+        return PAUSED
