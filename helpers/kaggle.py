@@ -388,9 +388,8 @@ class Site:
 class Remote:
     """One run of the suite on Kaggle, as runs/<run>/kaggle.json knows it."""
 
-    def __init__(self, plan: Plan, state: dict[str, Any]) -> None:
-        self.plan, self.state = plan, state
-        self.site = Site()
+    def __init__(self, plan: Plan, state: dict[str, Any], site: Site) -> None:
+        self.plan, self.state, self.site = plan, state, site
         if state.setdefault("owner", self.site.owner) != self.site.owner:
             raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
         for spec in plan.specs:
@@ -742,9 +741,10 @@ def _go(plan: Plan, state: dict[str, Any], deadline: float) -> int:
     from helpers.report import score_table, write_report
 
     again = f"To go on: ./run_all.sh kaggle resume --run {plan.run}"
-    hold_lock(plan.folder / ".kaggle.lock", f"run {plan.run!r} on Kaggle")
     try:
-        remote = Remote(plan, state)
+        site = Site()
+        hold_lock(plan.folder / ".kaggle.lock", f"run {plan.run!r} on Kaggle")
+        remote = Remote(plan, state, site)
         remote.recover()
         code = remote.follow(deadline)
     except Paused as pause:
@@ -769,7 +769,7 @@ def _run_parser(command: str, text: str | None) -> argparse.ArgumentParser:
 
 def _open(run: str) -> Remote:
     state = _read_state(run)
-    return Remote(_plan(state["argv"])[0], state)
+    return Remote(_plan(state["argv"])[0], state, Site())
 
 
 def _status(argv: Sequence[str]) -> int:

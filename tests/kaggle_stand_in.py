@@ -99,7 +99,8 @@ class StandIn:
         self.cap = 2  # GPU sessions at once
         self.lose_requests: list[str] = []  # endpoints whose next request is dropped before it is read
         self.lose_answers: list[str] = []  # endpoints whose next answer is dropped after it took effect
-        self.held: set[str] = set()  # notebooks that stay in the queue
+        self.held: set[str] = set()  # endings of notebooks that stay in the queue
+        self.play: Callable[[Run], KernelWorkerStatus] | None = None  # stands in for executing a notebook
 
     # -- server
 
@@ -292,6 +293,8 @@ class StandIn:
         sources = {"data": list(request.dataset_data_sources), "kernel": list(request.kernel_data_sources)}
         answer.invalid_dataset_sources = [name for name in sources["data"] if name not in self.data_sets]
         answer.invalid_kernel_sources = [name for name in sources["kernel"] if self._complete(name) is None]
+        invalid = {*answer.invalid_dataset_sources, *answer.invalid_kernel_sources}
+        sources = {kind: [name for name in names if name not in invalid] for kind, names in sources.items()}
         stage = next((key for key in self.drop if ref.endswith(key) and self.drop[key]), None)
         if stage:
             self.drop[stage] -= 1
@@ -361,9 +364,12 @@ class StandIn:
     # -- sessions
 
     def _execute(self, ref: str, run: Run) -> None:
-        while ref in self.held:
-            time.sleep(0.1)
+        while any(ref.endswith(ending) for ending in self.held):
+            time.sleep(0.05)
         run.status = KernelWorkerStatus.RUNNING
+        if self.play:
+            run.status = self.play(run)
+            return
         kernel = run.folder / "jupyter" / "kernels" / "python3" / "kernel.json"
         kernel.parent.mkdir(parents=True)
         kernel.write_text(json.dumps(get_kernel_dict()))
@@ -374,7 +380,7 @@ class StandIn:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(home),
             "JUPYTER_PATH": str(run.folder / "jupyter"),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            **{name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
             "HF_HUB_OFFLINE": "1",
             "KAGGLE_KERNEL_RUN_TYPE": "Batch",
             "KAGGLE_CACHE_MOUNT_FOLDER": str(run.folder / "input"),

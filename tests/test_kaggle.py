@@ -1,16 +1,28 @@
 """run_all.sh kaggle: Kaggle's real client against a stand-in on loopback that executes what is pushed."""
 
 import json
+import shutil
 import socket
 import time
+import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from kagglesdk.kernels.types.kernels_enums import KernelWorkerStatus
+from slugify import slugify
 
 from helpers import kaggle
-from helpers.suite import main
-from helpers.workspace import repo_root
-from tests.kaggle_stand_in import PORT, TOKEN, Fault, StandIn
+from helpers import stage as stages
+from helpers.config import ConfigError
+from helpers.suite import FAILED, PAUSED, REFUSED, main
+from tests.kaggle_stand_in import OWNER, PORT, TOKEN, Fault, StandIn
+
+SMALL = [
+    *("-p", "shapes.train", "40", "-p", "shapes.test", "10", "-p", "data.workers", "1"),
+    *("-p", "training.epochs", "1", "-p", "training.checkpoint_minutes", "0.001", "-p", "evaluation.bootstrap", "50"),
+]
+MAIN_PATH = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
 
 
 def wait_for_port(seconds: float = 60.0) -> None:
@@ -37,7 +49,7 @@ def account(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
-    monkeypatch.setattr(kaggle, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(kaggle, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(kaggle, "RETRY_SECONDS", 0.01)
     return tmp_path / "runs"
 
@@ -50,9 +62,346 @@ def site(tmp_path, account):
         yield stand_in
 
 
-def test_one_stage(site, account, capfd):
-    code = main(
-        ["kaggle", "push", "--profile", "tiny", "--only", "01", "-p", "shapes.train", "8", "-p", "shapes.test", "4"]
-    )
-    print(capfd.readouterr())
-    assert code == 0
+@pytest.fixture
+def quick(site, account, monkeypatch, tmp_path):
+    """The stand-in without kernels: pushed stages leave a copy of `made`, and the wheel is an empty archive."""
+
+    def pip(*arguments: str) -> None:
+        folder = Path(arguments[arguments.index("--wheel-dir") + 1])
+        zipfile.ZipFile(folder / "gif_question_answering-0.1.0-py3-none-any.whl", "w").close()
+
+    monkeypatch.setattr(kaggle, "_pip", pip)
+    site.made = {}
+    for name in ("01_data_sharding", "08_demo"):
+        monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "made"))
+        parameters = {"gifs": "", "qa": "", "holdout": 0.2} if name[:2] == "01" else {"bundle": "", "gallery": ""}
+        stage = stages.Stage(name, profile="tiny", parameters=parameters)
+        (stage.folder / "made.txt").write_text("made")
+        stage.finish({"gifs": 3}, ["made.txt"])
+        stages.release_lock(stage.folder / ".lock")
+        site.made[name] = stage.folder
+    monkeypatch.setenv("RUNS_ROOT", str(account))
+
+    def play(run):
+        name = run.request.slug.partition("gifqa-tiny-")[2].replace("-", "_")
+        shutil.copytree(site.made[name], run.working / "runs" / "tiny" / name)
+        return KernelWorkerStatus.COMPLETE
+
+    site.play = play
+    return site
+
+
+def push(*arguments: str, minutes: float = 2) -> int:
+    """Push; a test that waits for what never comes ends with PAUSED."""
+    return main(["kaggle", "push", "--profile", "tiny", "--deadline", str(minutes), *arguments])
+
+
+def resume(minutes: float = 2) -> int:
+    """Resume, no longer than that."""
+    return main(["kaggle", "resume", "--run", "tiny", "--deadline", str(minutes)])
+
+
+def entry(runs: Path, name: str) -> dict:
+    """What the run's state says of a stage."""
+    return json.loads((runs / "tiny" / "kaggle.json").read_text())["stages"][name]
+
+
+def versions(site: StandIn, name: str) -> list[str]:
+    """How each run of a stage's notebook ended."""
+    return [run.status.name for run in site.runs.get(f"{OWNER}/gifqa-tiny-{name.replace('_', '-')}", [])]
+
+
+# --------------------------------------------------------------------------------------------- the whole suite
+
+
+def test_whole_suite_through_refusal_deadline_cancellation_and_death_scores_as_if_undisturbed(site, account, capfd):
+    site.refuse["01-data-sharding"] = ["Kaggle is under maintenance"]
+    site.session_environment["01-data-sharding"] = [{"SUITE_DEADLINE": "1"}]  # no time at all in its first session
+    site.faults["03-adapter-training"] = [Fault("cancel", "step-*/checkpoint.json")]
+    site.faults["04-evaluation"] = [Fault("kill", "groups_1/*.parquet")]
+
+    assert push(*SMALL, minutes=30) == FAILED
+    assert "Kaggle is under maintenance" in capfd.readouterr().err
+    assert resume(minutes=30) == PAUSED
+    out = capfd.readouterr().out
+    assert "03_adapter_training was cancelled" in out and "./run_all.sh kaggle resume --run tiny" in out
+    assert "01_data_sharding: partly done" in out
+    assert resume(minutes=30) == FAILED
+    assert "04_evaluation failed on Kaggle" in capfd.readouterr().err
+    assert resume(minutes=30) == 0, capfd.readouterr()
+    out = capfd.readouterr().out
+    assert "FrameQA accuracy" in out and "report.html" in out
+
+    assert versions(site, "00_start_here") == versions(site, "02_feature_caching") == ["COMPLETE"]
+    assert versions(site, "01_data_sharding") == ["COMPLETE", "COMPLETE"]  # partial, then whole
+    assert versions(site, "03_adapter_training") == ["CANCEL_ACKNOWLEDGED", "COMPLETE"]
+    assert versions(site, "04_evaluation") == ["ERROR", "COMPLETE"]
+    assert versions(site, "08_demo") == ["COMPLETE"]
+    assert resume(minutes=30) == 0 and sum(len(runs) for runs in site.runs.values()) == 9  # nothing is left to do
+
+    only = [word for name in MAIN_PATH for word in ("--only", name)]
+    assert main(["--profile", "tiny", "--run", "here", *only, *SMALL]) == 0, capfd.readouterr()
+    scores = [stages.read_manifest(account / run / "04_evaluation")["metrics"] for run in ("tiny", "here")]
+    assert scores[0] == scores[1]
+    tables = [pd.read_parquet(account / run / "04_evaluation" / "predictions.parquet") for run in ("tiny", "here")]
+    pd.testing.assert_frame_equal(*tables)
+    handed = site.data_sets[f"{OWNER}/gifqa-tiny-03-work"].versions
+    log = site.runs[f"{OWNER}/gifqa-tiny-03-adapter-training"][1].log
+    assert len(handed) == 1 and "goes on with the work of an earlier session" in log
+    for run in (run for runs in site.runs.values() for run in runs):
+        assert TOKEN not in run.request.text and TOKEN not in run.log
+    kept = [path for path in (account / "tiny").rglob("*") if path.is_file()]
+    assert not [path for path in kept if TOKEN.encode() in path.read_bytes()]
+
+
+# ------------------------------------------------------------------------------------------------- credentials
+
+
+def test_no_token_is_refused(account, monkeypatch, capfd):
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    assert push("--only", "01") == REFUSED
+    error = capfd.readouterr().err
+    assert "no token" in error and "KAGGLE_API_TOKEN" in error and not account.exists()
+
+
+def test_expired_token_is_refused_and_not_printed(quick, account, capfd):
+    quick.token = "another"
+    assert push("--only", "01") == REFUSED
+    out, error = capfd.readouterr()
+    assert "expired" in error and TOKEN not in out + error and not (account / "tiny").exists()
+
+
+def test_token_that_expires_on_the_way_is_refused_and_a_new_one_goes_on(quick, monkeypatch, capfd):
+    quick.held.add("01-data-sharding")
+    assert push("--only", "01", minutes=0.001) == PAUSED
+    true = kaggle._sign_in
+
+    def signs_in_last_minute():
+        api = true()
+        quick.token = "a-newer-token"
+        return api
+
+    monkeypatch.setattr(kaggle, "_sign_in", signs_in_last_minute)
+    assert resume() == REFUSED and "401" in capfd.readouterr().err
+    monkeypatch.setattr(kaggle, "_sign_in", true)
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "a-newer-token")
+    quick.held.clear()
+    assert resume() == 0 and versions(quick, "01_data_sharding") == ["COMPLETE"]
+
+
+def test_a_run_of_another_account_is_refused(quick, account, capfd):
+    assert push("--only", "01") == 0
+    path = account / "tiny" / "kaggle.json"
+    path.write_text(path.read_text().replace(f'"owner": "{OWNER}"', '"owner": "someone"'))
+    assert resume() == REFUSED and f"belongs to someone, but the token is {OWNER}'s" in capfd.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- answers of the platform
+
+
+def test_a_notebook_that_is_gone_is_told(quick, capfd):
+    quick.held.add("01-data-sharding")
+    assert push("--only", "01", minutes=0.001) == PAUSED
+    quick.runs.clear()
+    assert main(["kaggle", "status", "--run", "tiny"]) == REFUSED
+    error = capfd.readouterr().err
+    assert "404" in error and f"{OWNER}/gifqa-tiny-01-data-sharding" in error
+
+
+def test_notebooks_wait_until_the_data_set_can_be_attached(quick):
+    quick.not_ready = 4
+    assert push("--only", "01") == 0
+    asked = [name for name in quick.requests if name in ("GetDatasetStatus", "SaveKernel")]
+    assert asked.index("SaveKernel") >= quick.not_ready + 1
+
+
+def test_sources_that_vanish_silently_are_noticed(quick, account, capfd):
+    quick.drop["01-data-sharding"] = 1
+    assert push("--only", "01") == FAILED
+    error = capfd.readouterr().err
+    assert f"did not attach the dataset {OWNER}/gifqa-helpers" in error and "kaggle resume --run tiny" in error
+    assert entry(account, "01_data_sharding")["status"] == "failed"
+    assert resume() == 0 and versions(quick, "01_data_sharding") == ["COMPLETE", "COMPLETE"]
+
+
+def test_sources_that_kaggle_calls_invalid_are_noticed(quick, capfd):
+    assert push("--only", "01", "--attach", "someone/gifs") == FAILED
+    assert "not valid as sources: data sets: someone/gifs" in capfd.readouterr().err
+
+
+def test_a_full_house_is_waited_for(quick, account, capfd):
+    quick.cap = 0
+    assert push("--only", "08", minutes=0.02) == PAUSED
+    assert capfd.readouterr().out.count("08_demo waits: Maximum batch GPU session count of 0 reached") == 1
+    assert entry(account, "08_demo")["status"] == "waiting" and not quick.runs
+    quick.cap = 1
+    assert resume() == 0
+
+
+def test_lost_requests_and_answers_are_repeated_but_no_notebook_runs_twice(quick, capfd):
+    quick.lose_requests = ["GetKernel", "GetDatasetStatus", "ListKernelSessionOutput"]
+    quick.lose_answers = ["SaveKernel"]
+    assert push("--only", "01") == 0
+    assert versions(quick, "01_data_sharding") == ["COMPLETE"] and not quick.lose_requests + quick.lose_answers
+
+
+def test_a_platform_that_does_not_answer_pauses_the_run(quick, monkeypatch, capfd):
+    monkeypatch.setattr(kaggle, "TRIES", 2)
+    quick.lose_requests = ["GetKernel"] * 2
+    assert push("--only", "01") == PAUSED
+    assert "Kaggle did not answer 2 times" in capfd.readouterr().out
+    assert resume() == 0
+
+
+def test_a_push_whose_program_died_is_found_again(quick, account, monkeypatch):
+    quick.held.add("01-data-sharding")
+    monkeypatch.setattr(kaggle.Remote, "_arrived", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert push("--only", "01") == 130
+    assert entry(account, "01_data_sharding")["status"] == "pushing"
+    monkeypatch.undo()
+    for name, value in {"KAGGLE_API_ENVIRONMENT": "TEST", "KAGGLE_API_TOKEN": TOKEN, "RUNS_ROOT": str(account)}.items():
+        monkeypatch.setenv(name, value)
+    quick.held.clear()
+    assert resume() == 0 and len(versions(quick, "01_data_sharding")) == 1
+
+
+# -------------------------------------------------------------------------------------------------- what is made
+
+
+def change_manifest(folder: Path, **values) -> None:
+    path = folder / "stage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_notebook_that_finishes_nothing_has_failed(quick, capfd):
+    (quick.made["01_data_sharding"] / "stage.json").unlink()  # as after sys.exit(0)
+    assert push("--only", "01") == FAILED
+    assert "it left no stage.json" in capfd.readouterr().err
+
+
+def test_a_result_of_other_settings_is_not_taken(quick, capfd):
+    folder = quick.made["01_data_sharding"]
+    manifest = stages.read_manifest(folder)
+    manifest["settings"]["profile"]["shapes"]["seed"] = 5
+    change_manifest(folder, settings=manifest["settings"])
+    assert push("--only", "01") == FAILED
+    assert "profile.shapes.seed: 5 there, 0 now" in capfd.readouterr().err
+
+
+def test_files_that_changed_on_the_way_are_not_taken(quick, account, capfd):
+    (quick.made["01_data_sharding"] / "made.txt").write_text("MADE")
+    assert push("--only", "01") == FAILED
+    assert "did not come whole" in capfd.readouterr().err and not (account / "tiny" / "01_data_sharding").exists()
+
+
+def test_names_from_outside_stay_in_their_folder(quick, account, monkeypatch, capfd):
+    true = kaggle.Site.outputs
+
+    def outputs(site, ref):
+        files = true(site, ref)
+        return files | {"runs/tiny/01_data_sharding/../../../../evil.txt": next(iter(files.values()))}
+
+    monkeypatch.setattr(kaggle.Site, "outputs", outputs)
+    assert push("--only", "01") == FAILED
+    assert "would leave its folder" in capfd.readouterr().err
+    assert not list(account.parents[0].rglob("evil.txt"))
+
+
+def test_a_session_without_progress_is_not_repeated_for_ever(quick, capfd):
+    change_manifest(quick.made["01_data_sharding"], status="partial")
+    assert push("--only", "01") == FAILED
+    assert "no progress" in capfd.readouterr().err and len(versions(quick, "01_data_sharding")) == 2
+
+
+def test_another_result_here_is_not_overwritten_and_pull_fetches_again(quick, account, capfd):
+    mine = account / "tiny" / "01_data_sharding"
+    mine.mkdir(parents=True)
+    (mine / "mine.txt").write_text("mine")
+    assert push("--only", "01") == REFUSED
+    assert "holds another result" in capfd.readouterr().err and (mine / "mine.txt").is_file()
+    shutil.rmtree(mine)
+    assert resume() == 0 and (mine / "made.txt").read_text() == "made"
+    shutil.rmtree(mine)
+    assert main(["kaggle", "pull", "--run", "tiny", "01"]) == 0 and stages.check_outputs(mine)["metrics"] == {"gifs": 3}
+
+
+def test_status_and_logs(quick, capfd):
+    quick.held.add("01-data-sharding")
+    assert push("--only", "01", minutes=0.001) == PAUSED
+    capfd.readouterr()
+    assert main(["kaggle", "status", "--run", "tiny"]) == PAUSED
+    assert capfd.readouterr().out.split() == ["01_data_sharding", "running", "QUEUED"]
+    quick.runs[f"{OWNER}/gifqa-tiny-01-data-sharding"][0].log = json.dumps([{"data": "3 GIFs\n"}, {"data": "done"}])
+    assert main(["kaggle", "logs", "--run", "tiny", "01"]) == 0
+    assert capfd.readouterr().out == "3 GIFs\ndone\n"
+    assert main(["kaggle", "logs", "--run", "tiny", "02"]) == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["push", "--session", "13"], "12 hours at most"),
+        (["push", "--profile", "mine.yaml"], "the suite's own profiles only"),
+        (["push", "--attach", "nothing"], "give a data set as OWNER/NAME"),
+        (["push", "--only", "00", "--run", "r" * 40], "shorten --run"),
+        (["push", "-p", "epochs", "3"], "did you mean 'training.epochs'"),
+        (["resume", "--run", "never"], "was never pushed"),
+        (["fly"], "invalid choice: 'fly'"),
+        ([], "the following arguments are required"),
+    ],
+)
+def test_bad_usage(quick, capfd, argv, message):
+    try:
+        code = main(["kaggle", *argv])
+    except SystemExit as exit:  # argparse's own refusals
+        code = exit.code
+    assert code == REFUSED and message in capfd.readouterr().err and not quick.runs
+
+
+def test_a_run_is_not_pushed_again_with_other_options(quick, capfd):
+    assert push("--only", "01") == 0 and push("--only", "01") == 0
+    assert len(versions(quick, "01_data_sharding")) == 1
+    assert push("--only", "01", "-p", "shapes.seed", "4") == REFUSED
+    assert "was pushed with other options" in capfd.readouterr().err
+
+
+def test_an_input_that_the_run_does_not_hold_is_refused(quick, capfd):
+    assert push("--only", "02") == REFUSED
+    assert "02_feature_caching reads 01_data_sharding, which is not part of this run" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- made from suite.yaml
+
+
+def plan_of(*argv: str) -> kaggle.Plan:
+    return kaggle._plan(argv)[0]
+
+
+def test_metadata_of_every_stage_comes_from_the_suite_file():
+    plan = plan_of("--profile", "kaggle")
+    for spec in plan.suite.stages:
+        metadata = kaggle.kernel_metadata(plan, spec, OWNER)
+        owner, _, name = metadata["id"].partition("/")
+        assert (owner, slugify(metadata["title"])) == (OWNER, name) and len(metadata["title"]) >= 5
+        assert metadata.get("machine_shape") == ("NvidiaTeslaT4" if spec.gpu else None)
+        assert metadata["enable_gpu"] == spec.gpu and metadata["enable_internet"] is True
+        assert metadata["dataset_sources"] == [f"{OWNER}/gifqa-helpers"]
+        before = {kaggle.kernel_id(OWNER, "kaggle", other) for other in [*spec.inputs, *spec.kaggle_sources]}
+        assert set(metadata["kernel_sources"]) == before
+        reads_llama = spec.name[:2] in ("03", "04", "08")
+        assert metadata["model_sources"] == ["metaresearch/llama-3.2/transformers/3b-instruct/1"] * reads_llama
+    again = kaggle.kernel_metadata(plan, plan.suite.spec("03_adapter_training"), OWNER, ["x/work"], own_output=True)
+    assert again["id"] in again["kernel_sources"] and again["dataset_sources"][1:] == ["x/work"]
+
+
+def test_no_model_is_attached_that_the_run_does_not_use():
+    plan = plan_of("--profile", "kaggle", "-p", "language_model.model", "openai-community/gpt2-large")
+    assert kaggle.kernel_metadata(plan, plan.suite.spec("04_evaluation"), OWNER)["model_sources"] == []
+
+
+def test_data_set_metadata_is_what_kaggle_takes():
+    metadata = kaggle.dataset_metadata(f"{OWNER}/{kaggle.HELPERS}")
+    assert slugify(metadata["title"]) == metadata["id"].partition("/")[2] and 6 <= len(metadata["title"]) <= 50
+    assert len(metadata["licenses"]) == 1
+    with pytest.raises(ConfigError, match="at most 50 characters"):
+        kaggle.slug("gifqa", "x" * 50)
