@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -37,20 +38,24 @@ def install_missing(wheels: Path | str = "") -> None:
     missing = missing_packages()
     if not missing:
         return
-    kept = [f"{name}=={metadata.version(name)}" for name in NEVER_TOUCHED if _installed(name)]
     print(f"Installing {', '.join(missing)}", flush=True)
-    try:
-        if not wheels:
-            raise FileNotFoundError("no folder of wheels")
-        _pip("install", "--no-index", "--find-links", str(wheels), *missing, *kept)
-    except (RuntimeError, FileNotFoundError) as offline:
-        try:
-            _pip("install", *missing, *kept)
-        except RuntimeError as error:
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "kept.txt"
+        kept.write_text("".join(f"{name}=={metadata.version(name)}\n" for name in NEVER_TOUCHED if _installed(name)))
+        ways = [["--no-index", "--find-links", str(wheels)]] if wheels else []
+        faults = []
+        for way in [*ways, []]:
+            try:
+                _pip("install", "--constraint", str(kept), *way, *missing)
+                break
+            except RuntimeError as error:
+                faults.append(str(error))
+        else:
             raise RuntimeError(
                 f"{', '.join(missing)} could not be installed. Switch the notebook's internet on, or attach the wheels "
-                f"(./run_all.sh kaggle push --wheels).\nWithout internet: {offline}\nWith it: {error}"
-            ) from error
+                "(./run_all.sh kaggle push --wheels). pip said, from the wheels first where there are any:\n"
+                + "\n".join(faults)
+            )
     importlib.invalidate_caches()
 
 

@@ -54,8 +54,9 @@ SLUG_LENGTH = 50
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
 UNDER_WAY = {"QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT"}
 ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": "cancelled"}
-# wheels for any Python from 3.12 on, as the image's version moves
-WHEEL_TAGS = ("--python-version=3.12", "--platform=manylinux_2_28_x86_64", "--platform=manylinux2014_x86_64")
+# wheels that any Python from 3.12 on takes, as the image's version moves; pip matches a platform by its exact name
+GLIBC = (17, 24, 27, 28, 31, 34, 35)
+WHEEL_TAGS = ("--python-version=3.12", *(f"--platform=manylinux_2_{minor}_x86_64" for minor in GLIBC))
 
 
 # ---------------------------------------------------------------------------------- what is made from suite.yaml
@@ -661,7 +662,7 @@ def push_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run_all.sh kaggle push", description=_push.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--profile", default="kaggle", metavar="NAME", help="kaggle, tiny or another profile of the suite")
-    add("--run", default="", metavar="NAME", help="name of the run here and there (default: the profile's name)")
+    add("--run", default="", metavar="NAME", help="name of the run here and there (default: kaggle, or kaggle-PROFILE)")
     add("--from", dest="start", default="", metavar="STAGE", help="first stage; it may read no earlier one")
     add("--only", action="append", default=[], metavar="STAGE", help="push this stage only; may be repeated")
     add(
@@ -695,6 +696,8 @@ def _plan(argv: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     for ref in args.attach:
         if not re.fullmatch(r"[\w-]+/[\w-]+", ref):
             raise ConfigError(f"--attach {ref}: give a data set as OWNER/NAME, as in its address")
+    if not args.run:  # never the name of a run that was made here
+        args.run = "kaggle" if args.profile == "kaggle" else f"kaggle-{args.profile}"
     plan = make_plan(args, argv)
     state = {"argv": list(argv), "seconds": 3600 * args.session, "attach": args.attach, "wheels": args.wheels}
     return plan, state
@@ -727,6 +730,8 @@ def _push(argv: Sequence[str]) -> int:
                 f"run {plan.run!r} was pushed with other options ({' '.join(before['argv']) or 'none'}): use --run NAME"
             )
         state = before
+    elif made := [spec.name for spec in plan.specs if (plan.folder / spec.name).exists()]:
+        raise ConfigError(f"run {plan.run!r} was made here ({', '.join(made)}): use --run NAME")
     return _go(plan, state, deadline)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -69,7 +69,7 @@ class Suite(BaseModel):
     """The whole of `suite.yaml`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    repository: str | None
+    repository: Annotated[str, Field(pattern=r"^https://github\.com/[\w.-]+/[\w-]+$")] | None
     kaggle_models: dict[str, str] = Field(default_factory=dict)  # by the model's name on the Hugging Face hub
     kaggle_wheels: list[str] = Field(default_factory=list)
     stages: list[StageSpec]

@@ -574,14 +574,30 @@ def run_tests(arguments: Sequence[str]) -> int:
 
 
 README_MARKS = ("<!-- notebooks:start -->", "<!-- notebooks:end -->")
+BRANCH = "main"  # the one that badges open
+
+
+def badges(repository: str, notebook: str) -> str:
+    """Return the badges that open a notebook of a GitHub repository on Colab and on Kaggle."""
+    blob = f"{repository}/blob/{BRANCH}/notebooks/{notebook}.ipynb"
+    colab = blob.replace("https://github.com/", "https://colab.research.google.com/github/")
+    return (
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
+        f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
+        f"(https://www.kaggle.com/notebooks/welcome?src={blob})"
+    )
 
 
 def notebook_table(suite: Suite) -> str:
-    """Return the README's table of notebooks, made from suite.yaml."""
-    lines = [
-        "| Notebook | What it does | Needs | Makes | GPU | Minutes: tiny | kaggle |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return what the README takes from suite.yaml: the table of notebooks and, of a public repository, the way to it.
+
+    Badges and the clone command need the repository's address and are left out while it is not set.
+    """
+    repository = suite.repository
+    head = ["Notebook", "What it does", "Needs", "Makes", "GPU", "Minutes: tiny", "kaggle"]
+    head += ["Open"] if repository else []
+    lines = ["```bash", f"git clone {repository}", "```", ""] if repository else []
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for spec in suite.stages:
         cells = [
             f"[{spec.name}](notebooks/{spec.name}.ipynb)",
@@ -590,6 +606,7 @@ def notebook_table(suite: Suite) -> str:
             spec.makes,
             "yes" if spec.gpu else "no",
             *(f"{spec.minutes[profile]:g}" for profile in ("tiny", "kaggle")),
+            *([badges(repository, spec.name)] if repository else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

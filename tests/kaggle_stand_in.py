@@ -62,6 +62,12 @@ class Run:
     status: KernelWorkerStatus = KernelWorkerStatus.QUEUED
     message: str = ""
     log: str = ""
+    inputs_before: dict[str, int] = field(default_factory=dict)
+
+    def inputs(self) -> dict[str, int]:
+        """Names of all attached files and folders, with the times of their last change."""
+        folder = self.folder / "input"
+        return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
     @property
     def working(self) -> Path:
@@ -327,6 +333,7 @@ class StandIn:
         for ref in run.sources["kernel"]:
             if source := self._complete(ref):
                 shutil.copytree(source.working, inputs / "notebooks" / ref)
+        run.inputs_before = run.inputs()
 
     def _get_kernel(self, request: Any) -> Any:
         run = self._kernel(request)[-1]

@@ -93,7 +93,7 @@ def quick(site, account, monkeypatch, tmp_path):
 
 def push(*arguments: str, minutes: float = 2) -> int:
     """Push; a test that waits for what never comes ends with PAUSED."""
-    return main(["kaggle", "push", "--profile", "tiny", "--deadline", str(minutes), *arguments])
+    return main(["kaggle", "push", "--profile", "tiny", "--run", "tiny", "--deadline", str(minutes), *arguments])
 
 
 def resume(minutes: float = 2) -> int:
@@ -149,6 +149,7 @@ def test_whole_suite_through_refusal_deadline_cancellation_and_death_scores_as_i
     log = site.runs[f"{OWNER}/gifqa-tiny-03-adapter-training"][1].log
     assert len(handed) == 1 and "goes on with the work of an earlier session" in log
     for run in (run for runs in site.runs.values() for run in runs):
+        assert run.inputs_before == run.inputs(), "attached inputs cannot be written on Kaggle"
         assert TOKEN not in run.request.text and TOKEN not in run.log
     kept = [path for path in (account / "tiny").rglob("*") if path.is_file()]
     assert not [path for path in kept if TOKEN.encode() in path.read_bytes()]
@@ -317,7 +318,15 @@ def test_another_result_here_is_not_overwritten_and_pull_fetches_again(quick, ac
     mine = account / "tiny" / "01_data_sharding"
     mine.mkdir(parents=True)
     (mine / "mine.txt").write_text("mine")
-    assert push("--only", "01") == REFUSED
+    assert push("--only", "01") == REFUSED and not quick.runs
+    assert "was made here (01_data_sharding): use --run NAME" in capfd.readouterr().err
+    shutil.rmtree(mine)
+    quick.held.add("01-data-sharding")
+    assert push("--only", "01", minutes=0.001) == PAUSED
+    mine.mkdir()
+    (mine / "mine.txt").write_text("mine")
+    quick.held.clear()
+    assert resume() == REFUSED
     assert "holds another result" in capfd.readouterr().err and (mine / "mine.txt").is_file()
     shutil.rmtree(mine)
     assert resume() == 0 and (mine / "made.txt").read_text() == "made"
@@ -356,6 +365,10 @@ def test_bad_usage(quick, capfd, argv, message):
     except SystemExit as exit:  # argparse's own refusals
         code = exit.code
     assert code == REFUSED and message in capfd.readouterr().err and not quick.runs
+
+
+def test_runs_there_have_names_of_their_own():
+    assert plan_of("--profile", "tiny").run == "kaggle-tiny" and plan_of().run == "kaggle"
 
 
 def test_a_run_is_not_pushed_again_with_other_options(quick, capfd):

@@ -348,6 +348,27 @@ def test_readme_table_is_made_between_its_marks(tmp_path, world):
         runner.update_readme(readme, suite)
 
 
+def test_badges_and_clone_command_appear_with_the_repository(tmp_path, world):
+    suite = stages.load_suite(stages.suite_file())
+    assert "badge" not in runner.notebook_table(suite) and "git clone" not in runner.notebook_table(suite)
+    entries = yaml.safe_load(stages.suite_file().read_text())
+    for address, good in {"https://github.com/someone/a-suite": True, "github.com/someone": False}.items():
+        path = tmp_path / f"{good}.yaml"
+        path.write_text(yaml.safe_dump(entries | {"repository": address}))
+        if not good:
+            with pytest.raises(stages.StageError, match="repository"):
+                stages.load_suite(path)
+            continue
+        table = runner.notebook_table(stages.load_suite(path))
+        assert "git clone https://github.com/someone/a-suite\n" in table
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({row.count(" | ") for row in rows if "---" not in row}) == 1
+        for name in NAMES:
+            file = f"github.com/someone/a-suite/blob/main/notebooks/{name}.ipynb"
+            colab = file.replace("github.com", "https://colab.research.google.com/github", 1)
+            assert f"({colab})" in table and f"(https://www.kaggle.com/notebooks/welcome?src=https://{file})" in table
+
+
 def test_options_of_one_session_are_dropped_from_the_command_that_goes_on():
     argv = ["--force", "--deadline", "5", "--deadline=5", "-p", "a", "b"]
     assert runner._without(argv, {"--force": 0, "--deadline": 1}) == ["-p", "a", "b"]
