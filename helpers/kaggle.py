@@ -552,11 +552,11 @@ class Remote:
         try:
             manifest = self._manifest(spec)
         except Failed as error:
-            self.note(spec, status="failed", message=str(error))
+            self.note(spec, status="failed", message=str(error), ran=False)  # nothing of it is handed over
             raise
         if manifest["status"] == "partial":
             if entry.get("manifest", {}).get("metrics") == manifest["metrics"]:
-                self.note(spec, status="failed", message="no progress")
+                self.note(spec, status="failed", message="no progress", ran=False)
                 raise Failed(f"{spec.name} made no progress in a whole session: give it longer (--session HOURS)")
             print(f"{spec.name}: partly done, it goes on in another session", flush=True)
             self.note(spec, status="waiting", source="own", manifest=manifest)

@@ -21,6 +21,7 @@ from tests.kaggle_stand_in import OWNER, PORT, TOKEN, Fault, StandIn
 SMALL = [
     *("-p", "shapes.train", "40", "-p", "shapes.test", "10", "-p", "data.workers", "1"),
     *("-p", "training.epochs", "1", "-p", "training.checkpoint_minutes", "0.001", "-p", "evaluation.bootstrap", "50"),
+    *("-p", "data.groups", "[1]", "-p", "training.groups", "[1]", "-p", "evaluation.groups", "1"),
 ]
 MAIN_PATH = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
 
@@ -145,6 +146,7 @@ def test_whole_suite_through_refusal_deadline_cancellation_and_death_scores_as_i
     assert scores[0] == scores[1]
     tables = [pd.read_parquet(account / run / "04_evaluation" / "predictions.parquet") for run in ("tiny", "here")]
     pd.testing.assert_frame_equal(*tables)
+    assert len(site.data_sets[f"{OWNER}/{kaggle.HELPERS}"].versions) == 1  # equal wheels are not uploaded again
     handed = site.data_sets[f"{OWNER}/gifqa-tiny-03-work"].versions
     log = site.runs[f"{OWNER}/gifqa-tiny-03-adapter-training"][1].log
     assert len(handed) == 1 and "goes on with the work of an earlier session" in log

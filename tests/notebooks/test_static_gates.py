@@ -38,7 +38,8 @@ marked = [path.parent for depth in range(1, 6) for path in inputs.glob("*/" * de
 wheels = [wheel for path in [here, *marked] for wheel in sorted(path.glob("gif_question_answering-*.whl"))]
 root = clones[0] if clones else tempfile.mkdtemp()
 if not clones:
-    assert len(wheels) == 1, f"open this notebook in a clone, or attach the data set with the helpers once: {wheels}"
+    ways = "open this notebook in a clone of the repository, clone it beside this notebook"
+    assert len(wheels) == 1, f"{ways}, or attach the data set with the helpers, once: {wheels}"
     ZipFile(wheels[0]).extractall(root)
 sys.path.insert(0, str(root))
 
@@ -230,7 +231,7 @@ def test_requirements_agree_with_each_other():
 
 def test_every_import_of_the_code_is_a_stated_requirement():
     stated = {r.name.lower().replace("_", "-") for r in _ranges((ROOT / "requirements.txt").read_text())}
-    carried = {"packaging", "ipython", "opencv-python-headless", "requests"}  # come with what is stated
+    carried = {"packaging", "ipython", "opencv-python-headless", "requests", "kagglesdk"}  # come with what is stated
     providers = metadata.packages_distributions()
     for path in sorted((ROOT / "helpers").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
