@@ -266,23 +266,36 @@ class Site:
     def publish(self, folder: Path, ref: str) -> None:
         """Make the data set, or its next version, of a folder's files, and wait until notebooks can attach it."""
         before = self.data_set_version(ref)
-        make = (
-            (self.api.dataset_create_version, str(folder), "new")
-            if before
-            else (self.api.dataset_create_new, str(folder))
-        )
-        answer = self._call(f"data set {ref}", lambda: make[0](*make[1:], quiet=True))
-        if answer is None or answer.error or (answer.status or "").lower() != "ok":
-            raise Failed(f"data set {ref} was refused: {answer.error if answer else 'no reason given'}")
+        error = self._make(folder, ref, new=not before)
+        if not before and "already in use" in error:  # made by an earlier command, and not to be seen until it is ready
+            self._wait(ref, 0)
+            before = self.data_set_version(ref)
+            error = self._make(folder, ref, new=False)
+        if error:
+            raise Failed(f"data set {ref} was refused: {error}")
+        self._wait(ref, before)
+        sent = {path.name for path in folder.iterdir()} - {self.api.DATASET_METADATA_FILE}
+        there = {file.name for file in self._call(f"files of {ref}", self.api.dataset_list_files, ref, None, 200).files}
+        if not sent <= there:  # the client leaves out a file that failed to upload, and says nothing
+            raise Failed(f"data set {ref} lacks {', '.join(sorted(sent - there))}; resume uploads it again")
+
+    def _make(self, folder: Path, ref: str, new: bool) -> str:
+        """Send a folder's files as a data set or its next version; returns Kaggle's reason if it was refused."""
+        if new:
+            answer = self._call(f"data set {ref}", lambda: self.api.dataset_create_new(str(folder), quiet=True))
+        else:
+            send = self.api.dataset_create_version
+            answer = self._call(f"data set {ref}", lambda: send(str(folder), "by run_all.sh", quiet=True))
+        if answer is None or (answer.status or "").lower() != "ok":
+            return (answer and answer.error) or "no reason given"
+        return answer.error or ""
+
+    def _wait(self, ref: str, before: int) -> None:
         until = time.monotonic() + READY_SECONDS
         while not self._ready(ref, before):
             if time.monotonic() > until:
                 raise Paused(f"data set {ref} is not ready after {READY_SECONDS / 60:.0f} minutes")
             time.sleep(POLL_SECONDS)
-        sent = {path.name for path in folder.iterdir()} - {self.api.DATASET_METADATA_FILE}
-        there = {file.name for file in self._call(f"files of {ref}", self.api.dataset_list_files, ref, None, 200).files}
-        if not sent <= there:  # the client leaves out a file that failed to upload, and says nothing
-            raise Failed(f"data set {ref} lacks {', '.join(sorted(sent - there))}; resume uploads it again")
 
     def _ready(self, ref: str, before: int) -> bool:
         """Whether a version after `before` can be attached; its owner gets 403 until then."""
@@ -396,19 +409,16 @@ class Remote:
         for spec in plan.specs:
             entry = {"status": "waiting", "kernel": kernel_id(self.site.owner, plan.run, spec.name), "source": ""}
             state.setdefault("stages", {}).setdefault(spec.name, entry)
-        self.save()
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
         self.plan.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.plan.folder / "kaggle.json", self.state)
 
-    def note(self, spec: StageSpec, **values: Any) -> dict[str, Any]:
+    def note(self, spec: StageSpec, **values: Any) -> None:
         """Change a stage's entry and save the state."""
-        entry = self.state["stages"][spec.name]
-        entry |= values
+        self.state["stages"][spec.name] |= values
         self.save()
-        return entry
 
     def status(self, spec: StageSpec) -> str:
         """Return waiting, pushing, running, complete, failed or cancelled."""
@@ -418,11 +428,14 @@ class Remote:
 
     def recover(self) -> None:
         """Make what an earlier command left ready to go on: pushes without an answer, dead and refused runs."""
+        self.save()
         for spec in self.plan.specs:
             entry = self.state["stages"][spec.name]
             if entry["status"] == "pushing":
-                arrived = self.site.version(entry["kernel"]) > entry["before"]
-                self.note(spec, status="running" if arrived else "waiting")
+                if self.site.version(entry["kernel"]) > entry["before"]:
+                    self._confirm(spec, "")
+                else:
+                    self.note(spec, status="waiting")
             elif entry["status"] in ("failed", "cancelled"):
                 if entry.get("ran"):
                     self._hand_over(spec)
@@ -465,11 +478,7 @@ class Remote:
             time.sleep(POLL_SECONDS)
 
     def _before(self, spec: StageSpec) -> list[StageSpec]:
-        names = {*spec.inputs, *spec.kaggle_sources}
-        absent = {*spec.inputs} - {other.name for other in self.plan.specs}
-        if absent:
-            raise ConfigError(f"{spec.name} reads {', '.join(sorted(absent))}, which is not part of this run")
-        return [other for other in self.plan.specs if other.name in names]
+        return [other for other in self.plan.specs if other.name in {*spec.inputs, *spec.kaggle_sources}]
 
     def _publish_helpers(self) -> None:
         if all(self.status(spec) in ("complete", "running") for spec in self.plan.specs):
@@ -482,34 +491,39 @@ class Remote:
             self.state["helpers"] = digest
             self.save()
 
+    def _metadata(self, spec: StageSpec) -> dict[str, Any]:
+        """Return kernel-metadata.json with the sources that the stage's state asks for."""
+        source = self.state["stages"][spec.name]["source"]
+        data_sets = [*self.state["attach"]] if "gifs" in self.plan.parameters[spec.name] else []
+        data_sets += [source] if "/" in source else []
+        return kernel_metadata(self.plan, spec, self.site.owner, data_sets, own_output=source == "own")
+
     def _push(self, spec: StageSpec) -> None:
         """Push one stage; raises Failed if Kaggle refuses it or attaches other sources than it was given."""
-        entry = self.state["stages"][spec.name]
-        ref, seconds, source = entry["kernel"], self.state["seconds"], entry["source"]
-        data_sets = [*(self.state["attach"] if "gifs" in self.plan.parameters[spec.name] else ())]
-        if "/" in source:
-            data_sets.append(source)
-        wanted = kernel_metadata(self.plan, spec, self.site.owner, data_sets, own_output=source == "own")
+        entry, seconds = self.state["stages"][spec.name], self.state["seconds"]
         folder = self.plan.folder / "kaggle" / spec.name
-        write_kernel(folder, self.plan, spec, wanted, seconds)
-        before = self.site.version(ref)
+        write_kernel(folder, self.plan, spec, self._metadata(spec), seconds)
+        before = self.site.version(entry["kernel"])
         self.note(spec, status="pushing", before=before)
-        refusal = self.site.push(folder, seconds, ref, before)
+        refusal = self.site.push(folder, seconds, entry["kernel"], before)
         if FULL.search(refusal):
             if entry.get("message") != refusal:
                 print(f"{spec.name} waits: {refusal}", flush=True)
             self.note(spec, status="waiting", message=refusal)
             return
-        # with invalid sources Kaggle runs the rest nevertheless
-        arrived = self._arrived(ref, before, patient=not refusal)
-        lacks = _lacking(wanted, arrived) if arrived else []
+        self._confirm(spec, refusal)
+
+    def _confirm(self, spec: StageSpec, refusal: str) -> None:
+        """Compare a push with what Kaggle made of it: with sources that are not valid it runs the rest nevertheless."""
+        entry = self.state["stages"][spec.name]
+        arrived = self._arrived(entry["kernel"], entry["before"], patient=not refusal)
+        lacks = _lacking(self._metadata(spec), arrived) if arrived else []
         if refusal or lacks:
             reason = refusal or f"Kaggle did not attach {', '.join(lacks)}"
             self.note(spec, status="failed", message=reason, ran=False)
             raise Failed(f"{spec.name} was not pushed as asked: {reason}")
-        version = arrived.current_version_number
-        self.note(spec, status="running", version=version, message="", ran=True, pushes=entry.get("pushes", 0) + 1)
-        print(f"{spec.name}: pushed, version {version} of {ref}", flush=True)
+        self.note(spec, status="running", version=arrived.current_version_number, message="", ran=True)
+        print(f"{spec.name}: pushed, version {entry['version']} of {entry['kernel']}", flush=True)
 
     def _arrived(self, ref: str, before: int, patient: bool) -> Any:
         """Return a pushed notebook as Kaggle has it; without it the state of the version before would be taken for it.
@@ -699,6 +713,11 @@ def _plan(argv: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     if not args.run:  # never the name of a run that was made here
         args.run = "kaggle" if args.profile == "kaggle" else f"kaggle-{args.profile}"
     plan = make_plan(args, argv)
+    for spec in plan.specs:
+        absent = {*spec.inputs} - {other.name for other in plan.specs}
+        if absent:
+            raise ConfigError(f"{spec.name} reads {', '.join(sorted(absent))}, which is not part of this run")
+        slug("gifqa", plan.run, spec.name)
     state = {"argv": list(argv), "seconds": 3600 * args.session, "attach": args.attach, "wheels": args.wheels}
     return plan, state
 
