@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from helpers.quota import WEEK, Piece, session_hours
+
 # Okabe and Ito's palette (2008): told apart with every common form of colour blindness.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -472,3 +474,50 @@ def asked_gif(
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     return path
+
+
+STAGE_COLORS = (SKY, BLUE, GREEN, PURPLE, ORANGE, RED)
+
+
+@plt.rc_context(STYLE)
+def quota_weeks(pieces: Sequence[Piece], weekly_hours: float, refresh: float) -> Figure:
+    """Sessions of a plan (`quota.simulate`), a row a week from its first hour on, above the GPU-hours of each week.
+
+    weekly_hours: the quota. refresh: any time at which it is refreshed (seconds since 1970).
+    """
+    _require_rows(pieces, "sessions")
+    first = min((piece.opened - refresh) // WEEK for piece in pieces)
+    weeks = int(max((piece.closed - refresh) // WEEK for piece in pieces) - first) + 1
+    starts = refresh + WEEK * (first + np.arange(weeks))
+    used = [session_hours(pieces, start, start + WEEK) for start in starts]
+    stages = list(dict.fromkeys(piece.stage for piece in pieces))
+    height = 0.45 * weeks + 1.5
+    figure, axes = _figure(1, 2, (9.5, height + 0.6), gridspec_kw={"width_ratios": [3, 1]}, sharey=True)
+    calendar, sums = axes[0]
+    for stage, color in zip(stages, STAGE_COLORS * len(stages), strict=False):
+        label = stage
+        for number, start in enumerate(starts):
+            spans = [
+                (max(piece.began, start), min(piece.ended, start + WEEK)) for piece in pieces if piece.stage == stage
+            ]
+            bars = [((begin - start) / 86400, (end - begin) / 86400) for begin, end in spans if end > begin]
+            if bars:
+                calendar.broken_barh(bars, (number - 0.35, 0.7), color=color, label=label)
+                label = None
+    lost = sum(piece.lost for piece in pieces) / 3600
+    calendar.set(
+        title=f"{len({p.session for p in pieces})} sessions; {lost:.1f} h lost to sessions that died",
+        xlabel="day of the quota's week",
+        ylabel="week",
+        xlim=(0, 7),
+    )
+    calendar.set_yticks(range(weeks), [str(number + 1) for number in range(weeks)])
+    calendar.invert_yaxis()
+    sums.barh(range(weeks), used, height=0.7, color=GREY)
+    sums.axvline(weekly_hours, color=RED, linewidth=2, label=f"quota: {weekly_hours:g} h")
+    for number, hours in enumerate(used):
+        sums.annotate(f"{hours:.1f}", (hours, number), xytext=(3, 0), textcoords="offset points", va="center")
+    sums.set(title="used in each week", xlabel="GPU time (hours)", xlim=(0, 1.25 * max(weekly_hours, *used)))
+    handles = [*calendar.get_legend_handles_labels()[0], *sums.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure

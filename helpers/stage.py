@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from helpers.attached import attached_stage, take_over
 from helpers.config import Profile, load_profile, nearest
-from helpers.workspace import DeadlineReached, machine, package_versions, platform, repo_root, runs_root
+from helpers.workspace import DeadlineReached, machine, package_versions, platform, repo_root, runs_root, session_end
 
 SPEED_ONLY = {  # profile keys that change how fast a stage runs, not what it makes
     "data": {"workers"},
@@ -60,6 +60,7 @@ class StageSpec(BaseModel):
     default: bool = True
     always: bool = False
     gpu: bool = False
+    probe: bool = False
     minutes: dict[str, float]
     gigabytes: dict[str, float]
     kaggle_sources: list[str] = Field(default_factory=list)
@@ -72,6 +73,7 @@ class Suite(BaseModel):
     repository: Annotated[str, Field(pattern=r"^https://github\.com/[\w.-]+/[\w-]+$")] | None
     kaggle_models: dict[str, str] = Field(default_factory=dict)  # by the model's name on the Hugging Face hub
     kaggle_wheels: list[str] = Field(default_factory=list)
+    weekly_hours: float = Field(default=30.0, gt=0)
     stages: list[StageSpec]
 
     def spec(self, name: str) -> StageSpec:
@@ -270,10 +272,13 @@ def release_lock(path: Path) -> None:
 
 
 def deadline() -> float:
-    """Return the time (seconds since 1970) at which the runner wants work to be saved and stopped; inf if none."""
+    """Return the time (seconds since 1970) at which work is to be saved and stopped; inf if there is none.
+
+    It is the runner's; in a notebook that is run by hand it is the end of the platform's session.
+    """
     text = os.environ.get("SUITE_DEADLINE", "")
     try:
-        return float(text) if text else math.inf
+        return float(text) if text else session_end()
     except ValueError as error:
         raise StageError(f"SUITE_DEADLINE must be seconds since 1970, found {text!r}") from error
 

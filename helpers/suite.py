@@ -15,8 +15,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import nbformat
 import yaml
 
+from helpers import quota
 from helpers.config import ConfigError, Profile, load_profile, nearest, parse_override, profile_keys
 from helpers.stage import (
     COMMON_PARAMETERS,
@@ -40,7 +41,17 @@ from helpers.stage import (
     stage_settings,
     suite_file,
 )
-from helpers.workspace import DeadlineReached, DiskFull, repo_root, require_disk, runs_root
+from helpers.workspace import (
+    DeadlineReached,
+    DiskFull,
+    gpus,
+    repo_root,
+    require_disk,
+    runs_root,
+    session_end,
+    session_seconds,
+    share_secrets,
+)
 
 DONE, FAILED, REFUSED, PAUSED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """exit codes:
@@ -48,12 +59,14 @@ EXIT_CODES = """exit codes:
   1    a notebook failed; its name, cell and error are printed. A kernel that died (often: out of memory) counts too
   2    refused before the stage's kernel started: bad usage, parameter or profile; another run at work on the same
        run folder; a stage finished with other settings; an upstream stage missing; too little disk
-  75   paused: a deadline passed or an upstream stage is only partly done; the command that goes on is printed
+  75   paused: a deadline passed, too few GPU-hours are left, or an upstream stage is only partly done; the command
+       that goes on is printed
   130  interrupted by Ctrl-C; the same command goes on"""
 COMMANDS = """commands (each has its own --help):
   ./run_all.sh [options]       run the notebooks as below; the default
   ./run_all.sh test [ARGS]     ruff and the test suite; ARGS go to pytest
   ./run_all.sh bench [NAME]    the benchmarks, as ratios; results also as JSON
+  ./run_all.sh quota [options] GPU-hours used and left this week, what each stage will take; --figure draws the weeks
   ./run_all.sh score           score a result file of ScienceQA, anyone's, against gold answers; prints JSON
   ./run_all.sh make-shapes     write a fresh built-in world as GIF files and a CSV
   ./run_all.sh kaggle          push the stages to Kaggle, watch, fetch and resume them
@@ -89,6 +102,7 @@ class Plan:
     parameters: dict[str, dict[str, Any]]  # by stage: the notebook's own parameters, defaults included
     force: bool = False
     upstream: str = ""
+    weekly_hours: float | None = None  # GPU-hours a week that the user allows; None: the account's or the suite's
     again: list[str] = field(default_factory=list)  # the command line that goes on after a pause
 
     @property
@@ -274,9 +288,19 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
             raise ConfigError(f"run name {name!r}: use letters, digits, dot, dash and underscore")
     if args.upstream and not (runs_root() / args.upstream).is_dir():
         raise ConfigError(f"--upstream {args.upstream}: there is no such run in {runs_root()}")
-    again = ["./run_all.sh", *_without(argv, {"--force": 0, "--deadline": 1})]
     return Plan(
-        suite, specs, notebooks, profile_name, profile, overrides, run, parameters, args.force, args.upstream, again
+        suite=suite,
+        specs=specs,
+        notebooks=notebooks,
+        profile_name=profile_name,
+        profile=profile,
+        overrides=overrides,
+        run=run,
+        parameters=parameters,
+        force=args.force,
+        upstream=args.upstream,
+        weekly_hours=args.weekly_hours,
+        again=["./run_all.sh", *_without(argv, {"--force": 0, "--deadline": 1})],
     )
 
 
@@ -346,8 +370,8 @@ class Progress:
 
 
 @contextmanager
-def _environment(plan: Plan, deadline: float | None) -> Iterator[None]:
-    """Set what the kernels inherit: quiet libraries, the deadline, and a python3 kernel of this very interpreter.
+def _environment() -> Iterator[None]:
+    """Set what the kernels inherit: quiet libraries, secrets, and a python3 kernel of this very interpreter.
 
     JUPYTER_PATH comes before a user's own kernel folders, where `python3` may be another environment.
     """
@@ -366,9 +390,7 @@ def _environment(plan: Plan, deadline: float | None) -> Iterator[None]:
             "NO_ALBUMENTATIONS_UPDATE": "1",
             "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, before.get("JUPYTER_PATH")])),
         }
-        os.environ.pop("SUITE_DEADLINE", None)
-        if deadline is not None:
-            os.environ["SUITE_DEADLINE"] = str(deadline)
+        share_secrets()
         try:
             yield
         finally:
@@ -522,23 +544,79 @@ def run_stage(plan: Plan, spec: StageSpec, place: str) -> int:
     return DONE if status == "complete" else PAUSED
 
 
-def run(plan: Plan, deadline: float | None = None) -> int:
-    """Run the planned stages in order and write the report; returns the exit code."""
+def _forecast(plan: Plan, spec: StageSpec) -> quota.Forecast:
+    """Forecast a stage of the plan; a forced one begins anew."""
+    if plan.force:
+        return quota.from_minutes(spec, plan.profile)
+    bundle = bool(plan.parameters[spec.name].get("bundle"))
+    return quota.forecast(spec, plan.profile, plan.folder, given_bundle=bundle)
+
+
+def _say_budget(found: quota.Budget) -> None:
+    print(f"Quota: {found.sentence()}")
+    for warning in found.warnings:
+        print(f"  Warning: {warning}", file=sys.stderr)
+
+
+def _within_quota(plan: Plan, spec: StageSpec, place: str, deadline: float) -> int:
+    """Run one stage if it, or a useful part of it, fits into the week's GPU-hours; returns an exit code.
+
+    A stage that can stop after a few steps is first measured with them. They are kept, so only its start is paid twice.
+    """
+
+    def decide(forecast: quota.Forecast) -> bool:
+        found = quota.read_budget(plan.weekly_hours, plan.suite.weekly_hours)
+        _say_budget(found)
+        ends = min(deadline, quota.deadline(found, time.time(), session_end()))
+        os.environ["SUITE_DEADLINE"] = str(ends)
+        decision = quota.decide(forecast, time.time(), ends)
+        print(f"  {decision.words}", flush=True)
+        if not decision.fits:
+            print(f"  {quota.outlook([forecast], found, time.time())}", flush=True)
+        return decision.start
+
+    forecast = _forecast(plan, spec)
+    if forecast.seconds and not decide(forecast):
+        return PAUSED
+    if spec.probe and forecast.seconds and not forecast.measured:
+        print(f"  {spec.name}: measuring its pace on {quota.PROBE_STEPS} steps, which are kept", flush=True)
+        os.environ["SUITE_PROBE_STEPS"] = str(quota.PROBE_STEPS)
+        try:
+            code = run_stage(plan, spec, place)
+        finally:
+            del os.environ["SUITE_PROBE_STEPS"]
+        plan = replace(plan, force=False)  # what was measured is gone on with
+        forecast = _forecast(plan, spec)
+        if code != PAUSED or not forecast.measured:  # done, refused, or out of time before the first step
+            return code
+        if not decide(forecast):
+            return PAUSED
+    return run_stage(plan, spec, place)
+
+
+def run(plan: Plan, deadline: float = math.inf) -> int:
+    """Run the planned stages in order and write the report; returns the exit code.
+
+    deadline: when to save and stop, in seconds since 1970; the platform's and the quota's own limits come on top.
+    """
     from helpers.report import score_table, write_report
 
+    limited = quota.limited(plan.weekly_hours)
     try:
         hold_lock(plan.folder / ".lock", f"run {plan.run!r}")
         if plan.upstream:
             (plan.folder / "upstream").write_text(plan.upstream + "\n", encoding="utf-8")
         print(f"Run {plan.run!r}, profile {plan.profile.name!r}, in {plan.folder}", flush=True)
         code = DONE
-        with _environment(plan, deadline):
+        with _environment(), quota.metered(session_seconds) if gpus() else nullcontext():
             for number, spec in enumerate(plan.specs, 1):
-                if deadline is not None and time.time() >= deadline:
+                place, ends = f"[{number}/{len(plan.specs)}]", min(deadline, session_end())
+                os.environ["SUITE_DEADLINE"] = str(ends)
+                if time.time() >= ends:
                     print(f"{spec.name} waits: the deadline has passed", file=sys.stderr)
                     code = PAUSED
                 else:
-                    code = run_stage(plan, spec, f"[{number}/{len(plan.specs)}]")
+                    code = _within_quota(plan, spec, place, ends) if limited else run_stage(plan, spec, place)
                 if code:
                     break
         if code == PAUSED:
@@ -646,6 +724,29 @@ def make_shapes(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def show_quota(arguments: Sequence[str]) -> int:
+    """Print GPU-hours used and left this week and what each stage of the run will still take."""
+    parser = run_parser()
+    parser.prog, parser.description, parser.epilog = "run_all.sh quota", show_quota.__doc__, None
+    parser.add_argument("--figure", type=Path, default=None, metavar="PNG", help="draw the weeks that the run takes")
+    args = parser.parse_args(arguments)
+    plan = make_plan(args, arguments)
+    print("GPU here:", ", ".join(gpu.name for gpu in gpus()) or "none, so nothing is counted and nothing is refused")
+    found = quota.read_budget(plan.weekly_hours, plan.suite.weekly_hours)
+    _say_budget(found)
+    forecasts = [_forecast(plan, spec) for spec in plan.specs]
+    print(f"\nWhat run {plan.run!r} will still take, profile {plan.profile.name!r}:")
+    print(quota.forecast_table(forecasts).to_string(index=False))
+    costly, now = [forecast for forecast in forecasts if forecast.gpu], time.time()
+    print(f"\n{quota.outlook(costly, found, now)}")
+    if args.figure:
+        from helpers.plots import quota_weeks, save_figure
+
+        pieces = quota.plan_sessions(costly, found, now)
+        print("Figure:", save_figure(quota_weeks(pieces, found.total / 3600, found.refresh), args.figure))
+    return DONE
+
+
 def score(arguments: Sequence[str]) -> int:
     """Score a result file against gold answers and print one JSON object: accuracy, correct, total, subgroups."""
     parser = argparse.ArgumentParser(prog="run_all.sh score", description=score.__doc__, allow_abbrev=False)
@@ -661,6 +762,13 @@ def score(arguments: Sequence[str]) -> int:
     except ValueError as error:  # the reader's own errors say which file and what to do
         raise ConfigError(str(error)) from error
     return DONE
+
+
+def _hours(text: str) -> float:
+    hours = float(text)
+    if not 0 < hours <= 168:
+        raise ValueError
+    return hours
 
 
 def run_parser() -> argparse.ArgumentParser:
@@ -699,6 +807,13 @@ def run_parser() -> argparse.ArgumentParser:
     add("--holdout", default=None, metavar="F", help="share of your GIFs kept for the test if there is no split column")
     add("--bundle", default="", metavar="DIR", help="a trained bundle: nothing is trained, it is only scored")
     add("--deadline", default="", metavar="WHEN", help="HH:MM or minutes from now: save, pause and exit 75 by then")
+    add(
+        "--weekly-hours",
+        type=_hours,
+        default=None,
+        metavar="H",
+        help="GPU-hours a week to keep within (default: on Kaggle the account's, elsewhere no limit)",
+    )
     return parser
 
 
@@ -711,6 +826,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_tests(argv[1:])
             case ["bench"]:
                 return subprocess.run([sys.executable, "-m", "tests.benchmarks", *argv[1:]], cwd=repo_root()).returncode
+            case ["quota"]:
+                return show_quota(argv[1:])
             case ["score"]:
                 return score(argv[1:])
             case ["make-shapes"]:
@@ -722,7 +839,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("README.md: table of notebooks", "updated" if changed else "already up to date")
                 return DONE
         args = run_parser().parse_args(argv)
-        deadline = parse_deadline(args.deadline) if args.deadline else None
+        deadline = parse_deadline(args.deadline) if args.deadline else math.inf
         return run(make_plan(args, argv), deadline)
     except (ConfigError, StageError, DiskFull) as error:
         print(f"Refused: {error}", file=sys.stderr)

@@ -3,11 +3,17 @@
 import gc
 import json
 import logging
+import math
 import os
 import platform as host
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +27,11 @@ KAGGLE_WORKING = Path("/kaggle/working")
 KAGGLE_SCRATCH = Path("/kaggle/temp")
 MODEL_DEPTH = 8  # folders between /kaggle/input and a model's config.json: models/owner/name/framework/variation/1
 COLAB_CONTENT = Path("/content")
+SESSION_HOURS = {"kaggle": 12.0, "colab": 12.0}  # a session's longest life, counted from its start
+MARGIN_SECONDS = 900.0  # kept free before a limit: to end the stage, write its figures and hand over the output
+IMPORTED = time.monotonic()
+SECRETS = ("HF_TOKEN", "KAGGLE_API_TOKEN")  # none is needed: for gated weights, and for the account's GPU quota
+SHARED = "SUITE_SECRETS_READ"
 PACKAGES = (  # what a result can depend on; recorded with every stage
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "huggingface_hub", "safetensors",
     "numpy", "pandas", "pillow", "albumentations", "pylance", "pyarrow", "pydantic", "papermill", "matplotlib",
@@ -55,6 +66,55 @@ def default_profile() -> str:
     return {"kaggle": "kaggle", "colab": "colab", "local": "tiny"}[platform()]
 
 
+def _first_process_began() -> float:
+    """Seconds from the machine's boot to the start of its first process, which a container starts with the session."""
+    ticks = Path("/proc/1/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    return int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def session_seconds() -> float:
+    """Return the age of this session in seconds, idle time included, by a clock that is never set back.
+
+    A session on Kaggle and Colab begins with the machine's first process, elsewhere with this process.
+    """
+    if platform() == "local":
+        return time.monotonic() - IMPORTED
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - _first_process_began()
+
+
+def session_name() -> str:
+    """Return a name that no other session has and that all processes of this one agree on (locally: this process)."""
+    began = f"{os.getpid()}-{IMPORTED:.0f}" if platform() == "local" else f"{_first_process_began():.2f}"
+    return f"{platform()}-{host.node()}-{began}"
+
+
+def session_end() -> float:
+    """Return when work must be saved because the platform ends the session (seconds since 1970); inf locally."""
+    hours = SESSION_HOURS.get(platform(), math.inf)
+    return time.time() + 3600 * hours - session_seconds() - MARGIN_SECONDS
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as the driver tells of it: memory in GiB, compute capability as (major, minor)."""
+
+    name: str
+    memory: float
+    capability: tuple[int, int]
+
+
+def gpus() -> list[Gpu]:
+    """Return the machine's GPUs, whether or not this process may use them; asks the driver and loads no torch."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    if shutil.which(query[0]) is None:
+        return []
+    answer = subprocess.run(query, capture_output=True, text=True)
+    if answer.returncode:  # the tool is there, but no driver: a GPU image on a machine without one
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
+    return [Gpu(name, float(memory) / 1024, tuple(map(int, cap.split(".")))) for name, memory, cap in rows]
+
+
 def repo_root() -> Path:
     """Return the folder that holds `helpers/`: the clone, or where the package is installed."""
     return Path(__file__).resolve().parents[1]
@@ -67,11 +127,18 @@ def runs_root() -> Path:
     return {"kaggle": KAGGLE_WORKING, "colab": COLAB_CONTENT, "local": repo_root()}[platform()] / "runs"
 
 
+def scratch_root() -> Path:
+    """Return a folder on the disk that is lost with the session; locally one that the system cleans up."""
+    return {"kaggle": KAGGLE_SCRATCH, "colab": COLAB_CONTENT / "scratch", "local": Path(tempfile.gettempdir())}[
+        platform()
+    ]
+
+
 def set_up() -> None:
     """Prepare this process for a notebook; called before torch or transformers are imported.
 
     Sets quiet, offline-safe library switches, one visible GPU (a 4-bit model must never meet DataParallel), and on
-    Kaggle a model cache on scratch disk, so that weights do not fill the 20 GB that are kept.
+    Kaggle and Colab a model cache on scratch disk, so that weights do not fill the disk that is kept. Reads secrets.
     """
     switches = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -80,13 +147,56 @@ def set_up() -> None:
         "CUDA_VISIBLE_DEVICES": "0",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
-    if platform() == "kaggle":
-        switches["HF_HOME"] = str(KAGGLE_SCRATCH / "huggingface")
+    if platform() != "local":
+        switches["HF_HOME"] = str(scratch_root() / "huggingface")
     for name, value in switches.items():
         os.environ.setdefault(name, value)
+    share_secrets()
     # bitsandbytes looks for a CPU kernel on the hub at import and warns that it is not installed: nothing to act on
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*kernels.*", module="bitsandbytes.*")
+
+
+def share_secrets() -> list[str]:
+    """Read the platform's secrets once, into the environment that child processes inherit; returns the names found.
+
+    What the environment has already is kept. Colab hands secrets to its own kernel only, so a runner started there gets
+    them through the environment of the notebook that started it. A secret is never printed and never saved.
+    """
+    ask = {"kaggle": _kaggle_secret, "colab": _colab_secret, "local": lambda name: None}[platform()]
+    for name in SECRETS:
+        value = None if os.environ.get(name) or os.environ.get(SHARED) else ask(name)
+        if value:
+            os.environ[name] = value
+    os.environ[SHARED] = "1"  # children need not ask again: each question may take Kaggle's 40 s
+    return [name for name in SECRETS if os.environ.get(name)]
+
+
+def _kaggle_secret(name: str) -> str | None:
+    """Ask Kaggle for a secret of the notebook; None where it has none of that name, or no internet."""
+    if not os.environ.get("KAGGLE_USER_SECRETS_TOKEN"):
+        return None
+    from kaggle_secrets import UserSecretsClient
+
+    try:
+        return UserSecretsClient().get_secret(name)
+    except Exception as error:  # not attached, no such label, no internet: every one means that there is none
+        logging.getLogger(__name__).info("no secret %s: %s", name, type(error).__name__)
+        return None
+
+
+def _colab_secret(name: str) -> str | None:
+    """Ask Colab for a secret; None where it has none, gives no access, or this is not the notebook's own kernel."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if "google.colab" not in type(shell).__module__:  # elsewhere the answer is a time-out
+        return None
+    from google.colab import userdata
+
+    try:
+        return userdata.get(name)
+    except Exception as error:  # userdata's own errors: not found, no access, time-out
+        logging.getLogger(__name__).info("no secret %s: %s", name, type(error).__name__)
+        return None
 
 
 def device() -> "torch.device":

@@ -1,0 +1,357 @@
+"""The GPU quota: the ledger, the account's figure, forecasts, the deadline, and whole plans under a simulated clock."""
+
+import json
+import math
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from helpers import quota, suite, training
+from helpers.config import load_profile
+from helpers.quota import HOUR, WEEK, Budget, Forecast, Ledger, budget, deadline, decide, parse_account, simulate, week
+from helpers.stage import load_suite, write_json
+from helpers.workspace import MARGIN_SECONDS, repo_root
+
+NOW = 1_795_000_000.0  # Wed 18 Nov 2026, 12:26:40 UTC
+SATURDAY = 1_795_219_200.0  # Sat 21 Nov 2026, 00:00 UTC
+SUITE = load_suite(repo_root() / "notebooks" / "suite.yaml")
+
+
+# -------------------------------------------------------------------------------------------------- the ledger
+
+
+def test_only_the_last_age_of_a_session_counts_however_many_processes_noted_it(tmp_path):
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    for seconds in (60, 120, 100, 120, 3600):
+        ledger.note("a", "kaggle", seconds, NOW + seconds)
+    ledger.note("b", "kaggle", 1800, NOW + 1800)
+    ledger.note("c", "local", 9999, NOW + 9999)
+    assert len((tmp_path / "quota.jsonl").read_text().splitlines()) == 7
+    again = Ledger(tmp_path / "quota.jsonl")
+    assert again.used(NOW - WEEK, NOW + WEEK, "kaggle", NOW + WEEK) == 5400 and again.warnings == []
+
+
+def test_session_across_the_refresh_counts_in_both_weeks(tmp_path):
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    for hours in (1, 2, 5):
+        ledger.note("a", "kaggle", hours * HOUR, SATURDAY + (hours - 2) * HOUR)
+    assert ledger.used(SATURDAY - WEEK, SATURDAY, "kaggle", NOW + WEEK) == 2 * HOUR
+    assert ledger.used(SATURDAY, SATURDAY + WEEK, "kaggle", NOW + WEEK) == 3 * HOUR
+
+
+def test_torn_last_line_is_named_and_does_not_spoil_the_next_one(tmp_path):
+    path = tmp_path / "quota.jsonl"
+    ledger = Ledger(path)
+    ledger.note("a", "kaggle", 60, NOW)
+    ledger.note("a", "kaggle", 120, NOW + 60)
+    whole = path.read_bytes()
+    for cut in range(1, len(whole.splitlines()[1])):
+        path.write_bytes(whole[: -1 - cut])
+        torn = Ledger(path)
+        assert torn.used(0, 2 * NOW, "kaggle", NOW + 99) == 60 and len(torn.warnings) == 1
+        assert f"{path}, line 2" in torn.warnings[0]
+    torn.note("b", "kaggle", 30, NOW + 90)
+    again = Ledger(path)
+    assert again.used(0, 2 * NOW, "kaggle", NOW + 99) == 90 and len(again.warnings) == 1
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", '{"session": 1}', '{"refresh": true}', '{"refresh": NaN}', "\x00\x00"])
+def test_foreign_line_is_named(tmp_path, line):
+    (tmp_path / "quota.jsonl").write_text(line + "\n")
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    assert len(ledger.warnings) == 1 and "line 1" in ledger.warnings[0] and ledger.refresh is None
+
+
+def test_clock_moved_backwards_makes_no_time_vanish(tmp_path):
+    # the session runs for 5 hours of this week; in its middle the clock is set back by ten days
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    for hours in range(1, 6):
+        ledger.note("a", "kaggle", hours * HOUR, NOW + hours * HOUR - (10 * 86400 if hours > 2 else 0))
+    start, end = week(NOW)
+    assert ledger.used(start, end, "kaggle", NOW + 6 * HOUR) == 5 * HOUR
+    back = NOW - 2 * HOUR  # now the clock stands before what was noted
+    assert ledger.used(*week(back), "kaggle", back) == 5 * HOUR
+    found = budget(ledger, 30, back)
+    assert found.used == 5 * HOUR and "clock moved backwards" in found.warnings[0]
+    assert budget(ledger, 30, NOW + 6 * HOUR).warnings == ()
+
+
+def test_ledgers_of_attached_and_pulled_sessions_are_read_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setattr(quota, "KAGGLE_INPUT", tmp_path / "input")
+    attached = tmp_path / "input" / "notebooks" / "owner" / "slug" / "runs" / "quota.jsonl"
+    for path, session in ((attached, "a"), (tmp_path / "runs" / "quota-owner-slug.jsonl", "b")):
+        Ledger(path).note(session, "kaggle", HOUR, NOW)
+        Ledger(path).note("both", "kaggle", HOUR, NOW)
+    quota.open_ledger().note("own", "kaggle", HOUR, NOW)
+    assert quota.open_ledger().used(0, 2 * NOW, "kaggle", NOW) == 4 * HOUR
+    assert len((tmp_path / "runs" / "quota.jsonl").read_text().splitlines()) == 1
+
+
+def test_meter_notes_start_end_and_what_lies_between(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    ages = iter(range(600, 10_000, 60))  # the session was idle for ten minutes before the run began
+    beats = SimpleNamespace(count=0)
+
+    def age():
+        beats.count += 1
+        return float(next(ages))
+
+    with quota.metered(age, interval=0.001) as ledger:
+        while beats.count < 4:
+            pass
+    assert len(ledger.beats) >= 4 and ledger.beats[0].seconds == 600
+    last = 600 + 60 * (beats.count - 1)
+    assert Ledger(tmp_path / "quota.jsonl").used(0, 9e9, quota.platform(), 9e9) == last
+
+
+# --------------------------------------------------------------------------------------------------- the account
+
+TABLE = "resource,used,remaining,total,refreshAt\n{}TPU,0.00h,20.00h,20.00h,\n"
+
+
+def test_account_is_read_as_the_client_prints_it():
+    text = TABLE.format("GPU,12.50h,17.50h,30.00h,2026-11-21T00:00:00+00:00\n")
+    assert parse_account(text) == quota.Account(12.5, 30.0, SATURDAY)
+    older = "Warning: an update is available\n" + text.replace("+00:00", "")  # before 2.2.5, and with a word before
+    assert parse_account(older) == quota.Account(12.5, 30.0, SATURDAY)
+    assert parse_account(TABLE.format("GPU,1h,2h,3,\n")).refresh is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "No quota information available", TABLE.format(""), TABLE.format("GPU,x,1,2,3\n")]
+)
+def test_unreadable_account_is_an_error_in_words(text):
+    with pytest.raises(quota.QuotaUnknown, match="kaggle quota -v"):
+        parse_account(text)
+
+
+def test_real_client_prints_what_is_parsed(monkeypatch, capsys):
+    from datetime import UTC, datetime, timedelta
+
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+    gpu = SimpleNamespace(time_used=timedelta(hours=3), total_time_allowed=timedelta(hours=37))
+    answer = SimpleNamespace(quota_refresh_time=datetime.fromtimestamp(SATURDAY, UTC), gpu_quota=gpu, tpu_quota=None)
+    monkeypatch.setattr(KaggleApi, "quota_view", lambda self: answer)
+    KaggleApi().quota_view_cli(csv_display=True)
+    assert parse_account(capsys.readouterr().out) == quota.Account(3.0, 37.0, SATURDAY)
+
+
+def test_without_a_token_the_ledger_alone_is_used_and_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_V1_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(quota, "counted_platform", lambda: "kaggle")
+    found = quota.read_budget(None, 30)
+    assert found.total == 30 * HOUR and found.source == "ledger"
+    assert "there is no Kaggle token here" in found.warnings[0]
+
+
+def test_endpoint_that_is_down_is_a_warning_and_no_stop(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "KGAT_secret")
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")  # nobody listens on the client's test port
+    monkeypatch.setattr(quota, "counted_platform", lambda: "kaggle")
+    found = quota.read_budget(12.0, 30)
+    assert found.total == 12 * HOUR and "Kaggle's client failed" in found.warnings[0]
+    assert "KGAT_secret" not in found.warnings[0]
+
+
+def test_client_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/sleep")
+    monkeypatch.setattr(
+        quota.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(quota.subprocess.TimeoutExpired(a, 1))
+    )
+    with pytest.raises(quota.QuotaUnknown, match="did not answer"):
+        quota.ask_account(0.2)
+
+
+# ------------------------------------------------------------------------------------------ budget and deadline
+
+
+def test_week_is_kaggles_and_follows_the_account(tmp_path):
+    assert week(NOW) == (SATURDAY - WEEK, SATURDAY) and week(SATURDAY) == (SATURDAY, SATURDAY + WEEK)
+    told = SATURDAY + 5 * HOUR + 3 * WEEK
+    assert week(NOW, told) == (SATURDAY + 5 * HOUR - WEEK, SATURDAY + 5 * HOUR)
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    assert budget(ledger, 30, NOW, quota.Account(0, 30, told)).refresh == SATURDAY + 5 * HOUR
+    # it is remembered, and once a phase is known another line is not needed
+    assert budget(Ledger(tmp_path / "quota.jsonl"), 30, NOW).refresh == SATURDAY + 5 * HOUR
+    budget(ledger, 30, NOW, quota.Account(0, 30, told + WEEK))
+    assert len((tmp_path / "quota.jsonl").read_text().splitlines()) == 1
+
+
+def test_whichever_has_counted_more_counts(tmp_path):
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    ledger.note("a", "kaggle", 10 * HOUR, NOW)
+    more = budget(ledger, 30, NOW, quota.Account(12, 37, SATURDAY))
+    assert (more.used, more.total, more.source) == (12 * HOUR, 37 * HOUR, "account")
+    less = budget(ledger, 30, NOW, quota.Account(4, 37, SATURDAY))  # the running session is not in it yet
+    assert (less.used, less.left, less.source) == (10 * HOUR, 27 * HOUR, "ledger")
+    assert less.sentence() == "10.0 of 37 GPU-hours used this week (ledger), 27.0 left; refreshed Sat 21 Nov 00:00 UTC"
+
+
+def test_deadline_is_the_sessions_end_or_the_weeks_hours_whichever_is_first():
+    end = NOW + 10 * HOUR
+    assert deadline(Budget(0, 30 * HOUR, SATURDAY), NOW, end) == end
+    assert deadline(Budget(27 * HOUR, 30 * HOUR, SATURDAY), NOW, end) == NOW + 3 * HOUR - MARGIN_SECONDS
+    # two hours that are left one hour before the refresh do not end the work
+    assert deadline(Budget(28 * HOUR, 30 * HOUR, NOW + HOUR), NOW, end) == end
+    assert deadline(Budget(40 * HOUR, 30 * HOUR, SATURDAY), NOW, math.inf) == NOW - MARGIN_SECONDS
+
+
+def test_decision_starts_what_fits_or_can_be_paused_and_nothing_else():
+    work = Forecast("03", 5 * HOUR, "measured")
+    assert decide(work, NOW, math.inf).fits
+    paused = decide(work, NOW, NOW + 2 * HOUR)
+    assert paused.start and not paused.fits and "about 5.0 h (measured), 2.0 h until the deadline" in paused.words
+    assert not decide(work, NOW, NOW + 60).start
+    assert decide(Forecast("08", 50, "x"), NOW, NOW + 60).fits  # a short stage fits where a long one does not
+
+
+# ---------------------------------------------------------------------------------------------------- forecasts
+
+
+def checkpoint(folder, step, total, seconds):
+    """Seal a checkpoint as training does."""
+    (folder / "new").mkdir(parents=True)
+    (folder / "new" / "x").write_text("x")
+    training.commit_checkpoint(folder / "new", folder / "checkpoints", step, {"seconds": seconds, "total_steps": total})
+
+
+def test_forecast_comes_from_the_stages_own_steps_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    run, spec, profile = tmp_path / "r", SUITE.spec("03_adapter_training"), load_profile("kaggle")
+    (run / spec.name / "checkpoints").mkdir(parents=True)
+    guess = quota.forecast(spec, profile, run)
+    assert guess.seconds == 60 * spec.minutes["kaggle"] and "not measured" in guess.source and not guess.measured
+    checkpoint(run / spec.name, 20, 1000, 40.0)
+    told = quota.forecast(spec, profile, run)
+    assert told.measured and told.seconds == 2.0 * 980 + 2.0 * 1000 + quota.START_UP_SECONDS
+    assert "2.00 s a step, 20 of 1,000 steps" in told.source
+    checkpoint(run / spec.name, 1000, 1000, 2000.0)
+    (run / spec.name / "blind_run" / "checkpoints").mkdir(parents=True)
+    checkpoint(run / spec.name / "blind_run", 400, 1000, 400.0)
+    assert quota.forecast(spec, profile, run).seconds == 600 + quota.START_UP_SECONDS
+    torn = sorted((run / spec.name / "blind_run" / "checkpoints").iterdir())[-1] / "checkpoint.json"
+    torn.write_text(torn.read_text()[:20])
+    assert quota.forecast(spec, profile, run).seconds == 2000 + quota.START_UP_SECONDS
+
+
+def test_forecast_of_a_finished_stage_of_its_twin_in_another_run_and_of_a_given_bundle(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    monkeypatch.setattr(quota, "gpus", lambda: [SimpleNamespace(name="Tesla T4"), SimpleNamespace(name="Tesla T4")])
+    spec, profile = SUITE.spec("02_feature_caching"), load_profile("kaggle")
+    folder = tmp_path / "old" / spec.name
+    folder.mkdir(parents=True)
+    manifest = {"status": "complete", "profile": {"name": "kaggle"}, "machine": {"gpu": "Tesla T4"}, "seconds": 1234.0}
+    write_json(folder / "stage.json", manifest)
+    other = quota.forecast(spec, profile, tmp_path / "new")
+    assert other.seconds == 1234 and other.source == "measured in run 'old'"
+    assert quota.forecast(spec, profile, tmp_path / "old").seconds == 0
+    monkeypatch.setattr(quota, "gpus", lambda: [SimpleNamespace(name="NVIDIA L4")])
+    assert "not measured" in quota.forecast(spec, profile, tmp_path / "new").source
+    given = quota.forecast(SUITE.spec("03_adapter_training"), profile, tmp_path / "new", given_bundle=True)
+    assert given.seconds < HOUR
+
+
+# ------------------------------------------------------------------------------------------ the simulated clock
+
+
+def gpu_hours_by_week(pieces) -> dict[int, float]:
+    """Count each week's GPU-hours minute by minute from when sessions were open, knowing nothing of the planner."""
+    hours = {}
+    for opened, closed in {(piece.opened, piece.closed) for piece in pieces}:
+        minute = opened
+        while minute < closed:
+            number = int((minute - SATURDAY) // WEEK)
+            hours[number] = hours.get(number, 0) + min(60.0, closed - minute) / HOUR
+            minute += 60
+    return hours
+
+
+def full_plan() -> list[Forecast]:
+    """The GPU stages of 120,000 GIFs as suite.yaml expects them."""
+    profile = load_profile("kaggle")
+    return [quota.from_minutes(spec, profile) for spec in SUITE.stages if spec.gpu]
+
+
+LONG = [Forecast("02", 15.6 * HOUR, "x"), Forecast("03", 93.6 * HOUR, "x"), Forecast("04", 6 * HOUR, "x")]
+
+
+@pytest.mark.parametrize("plan", [full_plan(), LONG], ids=["suite.yaml", "the original's hours"])
+@pytest.mark.parametrize("seed", range(6))
+def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(tmp_path, plan, seed):
+    begin = NOW + random.Random(seed).uniform(0, WEEK)
+    pieces = simulate(plan, Ledger(tmp_path / "quota.jsonl"), 30, begin, lifetime_hours=7, rest_seconds=HOUR, seed=seed)
+    used = gpu_hours_by_week(pieces)
+    assert max(used.values()) <= 30
+    assert all(piece.closed - piece.opened <= 12 * HOUR for piece in pieces)
+    sessions = {piece.session: piece for piece in pieces}
+    assert all(a.closed <= b.opened for a, b in zip(list(sessions.values()), list(sessions.values())[1:], strict=False))
+    for work in plan:
+        own = [piece for piece in pieces if piece.stage == work.stage]
+        worked = sum(max(0.0, piece.ended - piece.began - quota.START_UP_SECONDS) - piece.lost for piece in own)
+        assert worked == pytest.approx(work.seconds)
+        assert [piece.done for piece in own] == [False] * (len(own) - 1) + [True]
+        assert all(piece.lost <= 900 for piece in own)
+    order = [piece.stage for piece in sorted(pieces, key=lambda piece: piece.began)]
+    assert list(dict.fromkeys(order)) == [work.stage for work in plan]
+    # what the ledger says is what the sessions were
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    assert ledger.used(0, 9e9, "kaggle", 9e9) / HOUR == pytest.approx(sum(used.values()))
+    if plan is LONG:
+        assert len(used) >= 4 and any(piece.lost for piece in pieces)
+
+
+def test_a_week_that_is_used_up_is_waited_for(tmp_path):
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    ledger.note("before", "kaggle", 29.9 * HOUR, NOW)
+    pieces = simulate(LONG[:1], ledger, 30, NOW)
+    assert pieces[0].opened == SATURDAY
+    with pytest.raises(ValueError, match="too few"):
+        simulate(LONG, Ledger(tmp_path / "other.jsonl"), 0.2, NOW)
+
+
+def test_outlook_tells_sessions_and_weeks():
+    free, spent = Budget(0, 30 * HOUR, SATURDAY), Budget(30 * HOUR, 30 * HOUR, SATURDAY)
+    work = [Forecast("a", HOUR, "x")]
+    assert "Nothing is left" in quota.outlook([Forecast("a", 0, "done")], free, NOW)
+    assert quota.outlook(work, free, NOW).endswith("in 1 session over 1 week.")
+    assert quota.outlook(work, spent, NOW).endswith("over 1 week, the first from Sat 21 Nov 00:00 UTC.")
+    long = quota.outlook([Forecast("a", 40 * HOUR, "x")], free, SATURDAY - 30 * HOUR)
+    assert long.endswith("in 4 sessions over 2 weeks.")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_quota_command_tells_forecast_and_draws_the_weeks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setattr(quota, "ask_account", lambda: quota.Account(28.0, 30.0, SATURDAY))
+    monkeypatch.setattr(quota.time, "time", lambda: NOW)
+    figure = tmp_path / "weeks.png"
+    assert suite.main(["quota", "--profile", "kaggle", "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 2 weeks" in out
+    assert "03_adapter_training   8.33 yes suite.yaml's minutes, not measured" in out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "200", "nan", "x"])
+def test_senseless_weekly_hours_are_refused(hours, capsys):
+    with pytest.raises(SystemExit):
+        suite.main(["quota", "--weekly-hours", hours])
+    assert "--weekly-hours" in capsys.readouterr().err
+
+
+def test_suite_file_sets_the_weekly_hours(tmp_path):
+    text = yaml.safe_load((repo_root() / "notebooks" / "suite.yaml").read_text())
+    (tmp_path / "suite.yaml").write_text(json.dumps(text | {"weekly_hours": 12.5}))
+    assert load_suite(tmp_path / "suite.yaml").weekly_hours == 12.5
