@@ -504,9 +504,9 @@ def quota_weeks(pieces: Sequence[Piece], weekly_hours: float, refresh: float) ->
             if bars:
                 calendar.broken_barh(bars, (number - 0.35, 0.7), color=color, label=label)
                 label = None
-    lost = sum(piece.lost for piece in pieces) / 3600
+    lost, sessions = sum(piece.lost for piece in pieces) / 3600, len({piece.session for piece in pieces})
     calendar.set(
-        title=f"{len({p.session for p in pieces})} sessions; {lost:.1f} h lost to sessions that died",
+        title=f"{sum(used):.1f} GPU-hours, sessions: {sessions}" + (f", {lost:.1f} h lost with them" if lost else ""),
         xlabel="day of the quota's week",
         ylabel="week",
         xlim=(0, 7),
@@ -516,7 +516,9 @@ def quota_weeks(pieces: Sequence[Piece], weekly_hours: float, refresh: float) ->
     sums.barh(range(weeks), used, height=0.7, color=GREY)
     sums.axvline(weekly_hours, color=RED, linewidth=2, label=f"quota: {weekly_hours:g} h")
     for number, hours in enumerate(used):
-        sums.annotate(f"{hours:.1f}", (hours, number), xytext=(3, 0), textcoords="offset points", va="center")
+        sums.annotate(
+            f"{hours:.1f}", (0, number), xytext=(5, 0), textcoords="offset points", va="center", color="white"
+        )
     sums.set(title="used in each week", xlabel="GPU time (hours)", xlim=(0, 1.25 * max(weekly_hours, *used)))
     handles = [*calendar.get_legend_handles_labels()[0], *sums.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)

@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from helpers.config import Profile
+from helpers.config import ConfigError, Profile
 from helpers.stage import StageSpec, find_stage, read_manifest
 from helpers.workspace import KAGGLE_INPUT, MARGIN_SECONDS, SESSION_HOURS, gpus, platform, runs_root, session_name
 
@@ -43,6 +43,11 @@ class QuotaUnknown(RuntimeError):
 def when(moment: float) -> str:
     """Write a time (seconds since 1970) as a reader wants it: day and time in UTC."""
     return f"{datetime.fromtimestamp(moment, UTC):%a %d %b %H:%M} UTC"
+
+
+def span(seconds: float) -> str:
+    """Write a length of time as a reader wants it: minutes below an hour, else hours."""
+    return f"{seconds / HOUR:.1f} h" if seconds >= HOUR else f"{max(0.0, seconds) / 60:.0f} min"
 
 
 # -------------------------------------------------------------------------------------------------- the ledger
@@ -135,7 +140,7 @@ class Ledger:
         ahead = max((beat.at for beat in self.beats), default=now) - now
         if ahead <= BEAT_SECONDS:
             return ""
-        return f"the clock moved backwards by {ahead / HOUR:.1f} h: what was noted after this moment counts as used now"
+        return f"the clock moved backwards by {span(ahead)}: what was noted after this moment counts as used now"
 
 
 def _finite(value: Any) -> float:
@@ -308,10 +313,10 @@ class Decision:
 def decide(forecast: Forecast, now: float, ends: float) -> Decision:
     """Decide whether a stage may start `now` when work must be saved at `ends` (seconds since 1970)."""
     room, need = ends - now, forecast.seconds
-    told = f"{forecast.stage}: about {need / HOUR:.1f} h ({forecast.source})"
+    told = f"{forecast.stage}: about {span(need)} ({forecast.source})"
     if need <= room:
         return Decision(True, True, told)
-    told += f", {max(0.0, room) / HOUR:.1f} h until the deadline"
+    told += f", {span(room)} until the deadline"
     if room < USEFUL_SECONDS:
         return Decision(False, False, f"{told}: too little to start")
     return Decision(True, False, f"{told}: saved and paused there")
@@ -377,9 +382,9 @@ def from_minutes(spec: StageSpec, profile: Profile) -> Forecast:
 
 
 def forecast_table(forecasts: Sequence[Forecast]) -> pd.DataFrame:
-    """Return one row a stage: hours to come, whether they cost quota, and how the forecast was made."""
-    rows = [(f.stage, round(f.seconds / HOUR, 2), "yes" if f.gpu else "no", f.source) for f in forecasts]
-    return pd.DataFrame(rows, columns=["stage", "hours", "GPU", "forecast from"])
+    """Return one row a stage: the time to come, whether it needs a GPU, and how the forecast was made."""
+    rows = [(f.stage, span(f.seconds), "yes" if f.gpu else "no", f.source) for f in forecasts]
+    return pd.DataFrame(rows, columns=["stage", "to come", "GPU", "forecast from"])
 
 
 # ---------------------------------------------------------------------------------------------------- the meter
@@ -445,7 +450,7 @@ def simulate(
 
     The ledger is written to as a real one. spent: a budget whose used hours come on top in its own week.
     lifetime_hours: sessions die at random after this long in the mean (an exponential distribution) and lose what was
-    done since their last checkpoint. rest_seconds: between two sessions. Raises ValueError if no session ever fits.
+    done since their last checkpoint. rest_seconds: between two sessions. Raises ConfigError if none ever gets anywhere.
     """
     chance, pieces, session = random.Random(seed), [], 0
     todo = [work for work in forecasts if work.seconds > 0]
@@ -456,7 +461,7 @@ def simulate(
         ends = deadline(found, now, now + session_hours * HOUR - MARGIN_SECONDS)
         if not decide(replace(todo[0], seconds=todo[0].seconds + START_UP_SECONDS), now, ends).start:
             if not found.used:
-                raise ValueError(f"{found.total / HOUR:g} h a week are too few for any session")
+                raise ConfigError(f"{span(found.total)} of GPU time a week are too few to get anywhere")
             now = found.refresh
             continue
         session, clock = session + 1, now
@@ -498,7 +503,10 @@ def plan_sessions(forecasts: Sequence[Forecast], found: Budget, now: float) -> l
 
 def outlook(forecasts: Sequence[Forecast], found: Budget, now: float) -> str:
     """Say how many sessions and weeks the stages need within the budget."""
-    pieces = plan_sessions(forecasts, found, now)
+    try:
+        pieces = plan_sessions(forecasts, found, now)
+    except ConfigError as error:
+        return f"It will never be done: {error}."
     if not pieces:
         return "Nothing is left to do."
     hours = sum(piece.ended - piece.began for piece in pieces) / HOUR

@@ -520,9 +520,10 @@ class RunControl(TrainerCallback):
     def __init__(self, trainer: "AdapterTrainer", config: Any, ends: float, signals: list[int], evaluate: Any):
         self.trainer, self.training, self.signals, self.evaluate = trainer, config.training, signals, evaluate
         self.ends = ends  # on the clock of time.perf_counter
-        self.probe = int(os.environ.get("SUITE_PROBE_STEPS") or 0)  # the runner measures the pace on so many steps
+        probe = os.environ.get("SUITE_PROBE_STEPS")  # the runner measures the pace on so many steps
+        self.last_step = len(trainer.recorder.rows) + int(probe) if probe else math.inf
         self.saved = self.last = time.perf_counter()
-        self.longest_step, self.first = 0.0, len(trainer.recorder.rows)
+        self.longest_step = 0.0
         size = sum(p.numel() * p.element_size() for p in trainable(trainer.model).values())
         self.save_seconds = 3 * size / SLOW_DISK  # the tensors and Adam's two moments
 
@@ -534,8 +535,8 @@ class RunControl(TrainerCallback):
             trainer.recorder.rows[-1]["eval_loss"] = self.evaluate()
         now = time.perf_counter()
         self.longest_step, self.last = max(self.longest_step, now - self.last), now
-        measured = self.probe and step - self.first >= self.probe
-        if now + self.longest_step + SAVE_MARGIN * self.save_seconds >= self.ends or self.signals or measured:
+        out_of_time = now + self.longest_step + SAVE_MARGIN * self.save_seconds >= self.ends
+        if out_of_time or self.signals or step >= self.last_step:
             control.should_training_stop = control.should_save = True
         due = now - self.saved >= 60 * self.training.checkpoint_minutes
         if due or step == len(trainer.plan):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from helpers import quota, suite, training
-from helpers.config import load_profile
+from helpers.config import ConfigError, load_profile
 from helpers.quota import HOUR, WEEK, Budget, Forecast, Ledger, budget, deadline, decide, parse_account, simulate, week
 from helpers.stage import load_suite, write_json
 from helpers.workspace import MARGIN_SECONDS, repo_root
@@ -315,7 +315,7 @@ def test_a_week_that_is_used_up_is_waited_for(tmp_path):
     ledger.note("before", "kaggle", 29.9 * HOUR, NOW)
     pieces = simulate(LONG[:1], ledger, 30, NOW)
     assert pieces[0].opened == SATURDAY
-    with pytest.raises(ValueError, match="too few"):
+    with pytest.raises(ConfigError, match="12 min of GPU time a week are too few"):
         simulate(LONG, Ledger(tmp_path / "other.jsonl"), 0.2, NOW)
 
 
@@ -327,6 +327,7 @@ def test_outlook_tells_sessions_and_weeks():
     assert quota.outlook(work, spent, NOW).endswith("over 1 week, the first from Sat 21 Nov 00:00 UTC.")
     long = quota.outlook([Forecast("a", 40 * HOUR, "x")], free, SATURDAY - 30 * HOUR)
     assert long.endswith("in 4 sessions over 2 weeks.")
+    assert "never be done" in quota.outlook(work, Budget(0, 60, SATURDAY), NOW)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -340,7 +341,7 @@ def test_quota_command_tells_forecast_and_draws_the_weeks(tmp_path, monkeypatch,
     assert suite.main(["quota", "--profile", "kaggle", "--figure", str(figure)]) == 0
     out = capsys.readouterr().out
     assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 2 weeks" in out
-    assert "03_adapter_training   8.33 yes suite.yaml's minutes, not measured" in out
+    assert "03_adapter_training   8.3 h yes suite.yaml's minutes, not measured" in out
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

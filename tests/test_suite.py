@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
+from helpers import quota, workspace
 from helpers import stage as stages
 from helpers import suite as runner
 from helpers.config import ConfigError, load_profile
@@ -175,6 +177,107 @@ def test_deadline_that_has_passed_starts_nothing(world, capsys):
     assert "the deadline has passed" in capsys.readouterr().err
 
 
+class OnKaggle:
+    """A faked Kaggle session with two T4s: `hours` are used this week, and what each kernel saw is noted."""
+
+    def __init__(self, world, monkeypatch) -> None:
+        self.hours, self.deadlines, self.probes, self.asked = 0.0, [], [], 0
+        t4 = workspace.Gpu("Tesla T4", 15.0, (7, 5))
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+        for module in (runner, quota):
+            monkeypatch.setattr(module, "gpus", lambda: [t4, t4])
+        monkeypatch.setattr(quota, "ask_account", self.account)
+        act = world.execute
+
+        def execute(plan, spec):
+            self.deadlines.append(float(os.environ["SUITE_DEADLINE"]) - time.time())
+            self.probes.append(os.environ.get("SUITE_PROBE_STEPS"))
+            act(plan, spec)
+
+        monkeypatch.setattr(runner, "execute", execute)
+
+    def account(self):
+        self.asked += 1
+        return quota.Account(self.hours, 30.0, None)
+
+
+@pytest.fixture
+def on_kaggle(world, monkeypatch):
+    for module in (workspace, runner):
+        monkeypatch.setattr(module, "session_seconds", lambda: 0.0)
+    return OnKaggle(world, monkeypatch)
+
+
+def test_deadline_is_the_sessions_end_then_the_weeks_hours(world, on_kaggle):
+    assert world.run("--profile", "tiny", "--only", "01") == 0
+    assert on_kaggle.deadlines[0] == pytest.approx(12 * 3600 - 900, abs=60)
+    on_kaggle.hours = 27.0
+    assert world.run("--profile", "tiny", "--only", "02") == 0
+    assert on_kaggle.deadlines[1] == pytest.approx(3 * 3600 - 900, abs=60)
+    assert world.run("--profile", "tiny", "--only", "04", "--force") == REFUSED
+    assert "SUITE_DEADLINE" not in os.environ
+
+
+def test_stage_that_no_hours_are_left_for_is_not_started(world, on_kaggle, capsys):
+    on_kaggle.hours = 29.9
+    assert world.run("--profile", "kaggle") == PAUSED and world.ran == []
+    out = capsys.readouterr().out
+    assert "29.9 of 30 GPU-hours used this week (account), 0.1 left" in out
+    assert "about 1.0 h (suite.yaml's minutes, not measured), 0 min until the deadline: too little to start" in out
+    assert "the first from" in out and "Paused. To go on: ./run_all.sh --profile kaggle\n" in out
+    assert world.run("--profile", "kaggle", "--weekly-hours", "31") == PAUSED  # the account's hours cannot be raised
+    on_kaggle.hours = 0.0
+    assert world.run("--profile", "kaggle", "--weekly-hours", "0.2") == PAUSED and world.ran == []
+
+
+def test_training_is_measured_on_a_few_steps_that_are_kept(world, on_kaggle, capsys):
+    folder = world.runs / "kaggle" / "03_adapter_training"
+    act, seen = world.execute, []
+
+    def execute(plan, spec):
+        if spec.name == "03_adapter_training":
+            seen.append((os.environ.get("SUITE_PROBE_STEPS"), (folder / "checkpoints").is_dir()))
+            if "SUITE_PROBE_STEPS" in os.environ:
+                (folder / "checkpoints" / "step-00000020").mkdir(parents=True)
+                info = {"step": 20, "seconds": 60.0, "total_steps": 10_000}
+                (folder / "checkpoints" / "step-00000020" / "checkpoint.json").write_text(json.dumps(info))
+                world.act[spec.name] = "partial"
+            else:
+                world.act[spec.name] = "complete"
+        act(plan, spec)
+
+    runner.execute = execute  # the fixture's monkeypatch puts the real one back
+    on_kaggle.hours = 20.0
+    assert world.run("--profile", "kaggle") == 0
+    assert seen == [(str(quota.PROBE_STEPS), False), (None, True)]
+    out = capsys.readouterr().out
+    assert "about 16.7 h (3.00 s a step, 20 of 10,000 steps done, and the blind twin), 9.7 h until" in out
+    assert re.search(r"All of it: about 1\d\.\d GPU-hours in \d sessions", out)  # how many: by the day of the week
+    assert len((world.runs / "quota.jsonl").read_text().splitlines()) == 2  # the session's first and last moment
+    assert world.run("--profile", "kaggle") == 0 and world.ran == [] and on_kaggle.asked
+
+
+def test_training_that_ends_within_its_measurement_is_not_run_twice(world, on_kaggle):
+    assert world.run("--profile", "tiny") == 0 and world.ran == NAMES
+    assert on_kaggle.probes == [None, None, str(quota.PROBE_STEPS), None]
+
+
+def test_dead_token_or_endpoint_stops_nothing(world, on_kaggle, monkeypatch, capsys):
+    def down():
+        raise quota.QuotaUnknown("Kaggle's client failed: 401")
+
+    monkeypatch.setattr(quota, "ask_account", down)
+    assert world.run("--profile", "tiny") == 0
+    assert "the account's quota is not known: Kaggle's client failed: 401" in capsys.readouterr().err
+
+
+def test_without_a_gpu_nothing_is_counted_and_nothing_refused(world, monkeypatch):
+    for module in (runner, quota):
+        monkeypatch.setattr(module, "gpus", lambda: [])
+    assert world.run("--weekly-hours", "0.01") == 0 and world.ran == NAMES
+    assert not (world.runs / "quota.jsonl").exists()
+
+
 def test_second_run_on_the_same_folder_is_refused(world, capsys):
     code = (
         "import time; from pathlib import Path; from helpers.stage import hold_lock;"
@@ -296,7 +399,18 @@ def test_help_is_complete(capsys):
     text = capsys.readouterr().out
     assert exit.value.code == 0
     options = "--profile --run --from --only --force -p --upstream --gifs --qa --holdout --bundle --deadline"
-    for part in [*options.split(), "test", "bench", "score", "make-shapes", "readme", "75", "130"]:
+    for part in [
+        *options.split(),
+        "--weekly-hours",
+        "test",
+        "bench",
+        "quota",
+        "score",
+        "make-shapes",
+        "readme",
+        "75",
+        "130",
+    ]:
         assert part in text, part
 
 

@@ -460,12 +460,22 @@ def test_deadline_ends_as_partial_and_the_next_call_goes_on(tmp_path, world, slo
     assert run(tmp_path / "none", world, deadline=0)[1].steps == 0
 
 
+def test_measuring_the_pace_costs_no_step(tmp_path, world, monkeypatch):
+    _, whole = run(tmp_path / "whole", world)
+    monkeypatch.setenv("SUITE_PROBE_STEPS", "3")
+    results = [run(tmp_path / "parts", world)[1] for _ in range(2)]
+    assert [result.steps for result in results] == [3, 6] and results[1].status == "partial"
+    monkeypatch.delenv("SUITE_PROBE_STEPS")
+    result = run(tmp_path / "parts", world)[1]
+    assert result.status == "complete" and result.history["loss"].tolist() == whole.history["loss"].tolist()
+
+
 def test_the_margin_before_the_deadline_is_three_saves(world, tmp_path):
     control = training.RunControl.__new__(training.RunControl)
     flags = SimpleNamespace(should_training_stop=False, should_save=False)
     control.trainer = SimpleNamespace(plan=range(1000))
     control.training = toy_config(log_steps=10**6).training
-    control.signals, control.evaluate, control.longest_step = [], None, 0.0
+    control.signals, control.evaluate, control.longest_step, control.last_step = [], None, 0.0, math.inf
     now = training.time.perf_counter()
     control.saved = control.last = now
     control.ends, control.save_seconds = now + 100, 20.0
