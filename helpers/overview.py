@@ -1,5 +1,8 @@
-"""What notebook 00 shows: packages against their ranges, the profile, and how far a run is."""
+"""What notebook 00 shows: the machine and its faults, packages, attached inputs, GPU-hours, and how far a run is."""
 
+import os
+import shutil
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -10,9 +13,10 @@ from matplotlib.patches import Patch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from helpers import quota
 from helpers.config import Profile
-from helpers.stage import find_stage, load_suite, read_manifest, suite_file
-from helpers.workspace import repo_root
+from helpers.stage import StageSpec, find_stage, load_suite, read_manifest, suite_file
+from helpers.workspace import KAGGLE_INPUT, gpus, package_versions, platform, repo_root, runs_root, scratch_root
 
 STATES = {"done": "#2a9d57", "partial": "#e9a23b", "not done": "#b8c0c8"}
 
@@ -40,6 +44,87 @@ def package_table() -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=["installed", "supported", "state"])
 
 
+class KnownBad(RuntimeError):
+    """A set of packages and hardware that is known to fail; the message names each fault with its remedy."""
+
+
+def known_faults(versions: dict[str, str], capability: tuple[int, int] | None, architectures: list[str]) -> list[str]:
+    """Return the faults that this set is known to fail with, each with its remedy.
+
+    versions: of peft and torchao, "absent" where not installed. capability: the GPU's, None without one. architectures:
+    what torch was built for, as `torch.cuda.get_arch_list` tells.
+    """
+    faults = []
+    peft, torchao = versions["peft"], versions["torchao"]
+    if "absent" not in (peft, torchao) and Version(peft) >= Version("0.19") and Version(torchao) < Version("0.16"):
+        faults.append(
+            f"torchao {torchao} with peft {peft}: LoRA on any layer that is not 4-bit stops with an ImportError. "
+            "Nothing here uses torchao: `pip uninstall -y torchao` before a notebook is started."
+        )
+    if capability is None:
+        return faults
+    major, minor = capability
+    # sm_75 runs on 7.5 and on later minor versions of 7; compute_75 is compiled for any later GPU when it starts
+    built = [(name.partition("_")[0], int(name.partition("_")[2].rstrip("af"))) for name in architectures]
+    runs = any(arch <= 10 * major + minor and (kind == "compute" or arch // 10 == major) for kind, arch in built)
+    if not runs:
+        faults.append(
+            f"This GPU has compute capability {major}.{minor} (a P100 has 6.0), and this torch has no code for it "
+            f"({', '.join(architectures)}): the first operation would fail. Choose the accelerator GPU T4 x2."
+        )
+    if capability < (8, 0) and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        faults.append(
+            f"ACCELERATE_MIXED_PRECISION=bf16 on compute capability {major}.{minor}: a T4 only emulates bfloat16, "
+            "though torch calls it supported. Unset it: the suite uses float16 there."
+        )
+    return faults
+
+
+def refuse_known_bad() -> str:
+    """Raise KnownBad if this machine is known to fail, else return a sentence; a GPU must multiply two matrices."""
+    import torch
+
+    capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else None
+    faults = known_faults(package_versions(("peft", "torchao")), capability, torch.cuda.get_arch_list())
+    if faults:
+        raise KnownBad("\n".join(faults))
+    if capability is None:
+        return "No known fault; there is no GPU."
+    identity = torch.eye(16, device="cuda")
+    if not torch.equal(identity @ identity, identity):
+        raise KnownBad("The GPU multiplied two matrices wrongly: end this session and take another machine.")
+    return "No known fault; the GPU multiplies."
+
+
+def machine_table(facts: dict[str, object]) -> pd.DataFrame:
+    """Return what `workspace.machine` tells, with every GPU and each disk's free and whole size."""
+    rows = {name: value for name, value in facts.items() if name not in ("gpu", "disk_free_gb")}
+    for number, gpu in enumerate(gpus()):
+        rows[f"GPU {number}"] = f"{gpu.name}, {gpu.memory:.1f} GiB, capability {gpu.capability[0]}.{gpu.capability[1]}"
+    for name, folder in (("disk that is kept", runs_root()), ("disk that is lost", scratch_root())):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        usage = shutil.disk_usage(there)
+        rows[name] = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free at {there}"
+    for name in ("git_commit", "build_date"):  # Kaggle's image tells its own version
+        if platform() == "kaggle" and Path("/etc", name).is_file():
+            rows[f"image {name}"] = Path("/etc", name).read_text(encoding="utf-8").strip()
+    return pd.Series(rows, name="this machine").astype(str).to_frame()
+
+
+MARKERS = {"stage.json": "stage of a run", "bundle.json": "bundle", "config.json": "model"}
+
+
+def attached_table() -> pd.DataFrame:
+    """Return one row an attached model, bundle or stage: its folder under Kaggle's inputs and its status."""
+    rows = []
+    for marker, kind in MARKERS.items():
+        for depth in range(1, 9):
+            for path in sorted(KAGGLE_INPUT.glob("/".join(["*"] * depth + [marker]))):
+                status = read_manifest(path.parent)["status"] if marker == "stage.json" else ""
+                rows.append((str(path.parent.relative_to(KAGGLE_INPUT)), kind, status))
+    return pd.DataFrame(rows, columns=["folder", "what", "status"])
+
+
 def profile_table(profile: Profile) -> pd.DataFrame:
     """Return one row a profile key, indexed by section and key."""
     values = {
@@ -52,7 +137,7 @@ def profile_table(profile: Profile) -> pd.DataFrame:
 
 
 def stage_table(profile: Profile, run_folder: Path) -> pd.DataFrame:
-    """Return one row a stage of the default run: its state, minutes and GB expected for the profile."""
+    """Return one row a stage of the default run: its state, what it takes and what of that is still to come."""
     rows = {}
     for spec in load_suite(suite_file()).stages:
         if spec.always or not spec.default:
@@ -64,11 +149,31 @@ def stage_table(profile: Profile, run_folder: Path) -> pd.DataFrame:
             "state": {"complete": "done", "partial": "partial"}.get(status, "not done"),
             "expected min": spec.minutes.get(profile.name, float("nan")),
             "took min": round(manifest["seconds"] / 60, 1) if manifest else float("nan"),
+            "to come": quota.span(quota.forecast(spec, profile, run_folder).seconds),
+            "forecast from": quota.forecast(spec, profile, run_folder).source,
             "needs GB": spec.gigabytes.get(profile.name, float("nan")),
-            "GPU": "yes" if spec.gpu and not profile.encoder.model.startswith("tiny/") else "no",
+            "GPU": "yes" if _needs_gpu(spec, profile) else "no",
             "makes": spec.makes,
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _needs_gpu(spec: StageSpec, profile: Profile) -> bool:
+    return spec.gpu and not profile.encoder.model.startswith("tiny/")
+
+
+def gpu_hours(profile: Profile, run_folder: Path) -> tuple[quota.Budget | None, list[quota.Piece]]:
+    """Return this week's budget and the plan of the run's GPU stages over sessions; (None, []) where nothing counts.
+
+    Hours count on Kaggle. Elsewhere a profile that needs a GPU is planned as if it ran there.
+    """
+    suite = load_suite(suite_file())
+    costly = [spec for spec in suite.stages if spec.default and _needs_gpu(spec, profile)]
+    if not costly and platform() != "kaggle":
+        return None, []
+    found = quota.read_budget(None, suite.weekly_hours)
+    forecasts = [quota.forecast(spec, profile, run_folder) for spec in costly]
+    return found, quota.plan_sessions(forecasts, found, time.time())
 
 
 def plot_way(stages: pd.DataFrame, profile_name: str) -> Figure:
@@ -93,4 +198,5 @@ def plot_way(stages: pd.DataFrame, profile_name: str) -> Figure:
     handles = [Patch(color=color, label=state) for state, color in STATES.items()]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 0))
     figure.tight_layout()
+    plt.close(figure)  # shown once, by naming it
     return figure

@@ -506,20 +506,21 @@ def quota_weeks(pieces: Sequence[Piece], weekly_hours: float, refresh: float) ->
                 label = None
     lost, sessions = sum(piece.lost for piece in pieces) / 3600, len({piece.session for piece in pieces})
     calendar.set(
-        title=f"{sum(used):.1f} GPU-hours, sessions: {sessions}" + (f", {lost:.1f} h lost with them" if lost else ""),
+        title=f"{sum(used):.1f} GPU-hours, sessions: {sessions}" + (f", {lost:.1f} h lost to deaths" if lost else ""),
         xlabel="day of the quota's week",
         ylabel="week",
         xlim=(0, 7),
     )
     calendar.set_yticks(range(weeks), [str(number + 1) for number in range(weeks)])
     calendar.invert_yaxis()
+    right = 1.35 * max(weekly_hours, *used)
     sums.barh(range(weeks), used, height=0.7, color=GREY)
     sums.axvline(weekly_hours, color=RED, linewidth=2, label=f"quota: {weekly_hours:g} h")
     for number, hours in enumerate(used):
         sums.annotate(
-            f"{hours:.1f}", (0, number), xytext=(5, 0), textcoords="offset points", va="center", color="white"
+            f"{hours:.1f}", (right, number), xytext=(-3, 0), textcoords="offset points", va="center", ha="right"
         )
-    sums.set(title="used in each week", xlabel="GPU time (hours)", xlim=(0, 1.25 * max(weekly_hours, *used)))
+    sums.set(title="used in each week", xlabel="GPU time (hours)", xlim=(0, right))
     handles = [*calendar.get_legend_handles_labels()[0], *sums.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure

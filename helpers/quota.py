@@ -140,7 +140,7 @@ class Ledger:
         ahead = max((beat.at for beat in self.beats), default=now) - now
         if ahead <= BEAT_SECONDS:
             return ""
-        return f"the clock moved backwards by {span(ahead)}: what was noted after this moment counts as used now"
+        return f"The clock moved backwards by {span(ahead)}: what was noted after this moment counts as used now"
 
 
 def _finite(value: Any) -> float:
@@ -261,7 +261,7 @@ def read_budget(weekly_hours: float | None, default_hours: float) -> Budget:
         try:
             account = ask_account()
         except QuotaUnknown as error:
-            warnings = (f"the account's quota is not known: {error}. Only this workspace's own sessions are counted.",)
+            warnings = (f"The account's quota is not known: {error}. Only this workspace's own sessions are counted.",)
     found = budget(ledger, weekly_hours or default_hours, time.time(), account, where)
     if weekly_hours is not None:
         found = replace(found, total=min(found.total, weekly_hours * HOUR))

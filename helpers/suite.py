@@ -44,6 +44,8 @@ from helpers.stage import (
 from helpers.workspace import (
     DeadlineReached,
     DiskFull,
+    copy_verified,
+    drive_runs,
     gpus,
     repo_root,
     require_disk,
@@ -594,6 +596,27 @@ def _within_quota(plan: Plan, spec: StageSpec, place: str, deadline: float) -> i
     return run_stage(plan, spec, place)
 
 
+def _from_drive(plan: Plan) -> None:
+    """On Colab, take the run's stages that an earlier session kept on Drive."""
+    kept = drive_runs()
+    for folder in sorted((kept / plan.run).glob("*/")) if kept else []:
+        if not (plan.folder / folder.name / "stage.json").is_file() and (folder / "stage.json").is_file():
+            print(f"Taking {folder.name} from Drive", flush=True)
+            copy_verified(folder, plan.folder / folder.name)
+
+
+def _to_drive(plan: Plan, spec: StageSpec) -> None:
+    """On Colab, keep a stage on Drive that is complete or was paused; a failure is told and stops nothing."""
+    kept, folder = drive_runs(), plan.folder / spec.name
+    if kept is None or not (folder / "stage.json").is_file():
+        return
+    try:
+        require_disk(kept, _bytes(folder) / 1e9, f"keeping {spec.name} on Drive")
+        copy_verified(folder, kept / plan.run / spec.name)
+    except OSError as error:
+        print(f"  Warning: {spec.name} is not kept on Drive: {error}. The same command tries again.", file=sys.stderr)
+
+
 def run(plan: Plan, deadline: float = math.inf) -> int:
     """Run the planned stages in order and write the report; returns the exit code.
 
@@ -607,6 +630,7 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
         if plan.upstream:
             (plan.folder / "upstream").write_text(plan.upstream + "\n", encoding="utf-8")
         print(f"Run {plan.run!r}, profile {plan.profile.name!r}, in {plan.folder}", flush=True)
+        _from_drive(plan)
         code = DONE
         with _environment(), quota.metered(session_seconds) if gpus() else nullcontext():
             for number, spec in enumerate(plan.specs, 1):
@@ -617,6 +641,7 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
                     code = PAUSED
                 else:
                     code = _within_quota(plan, spec, place, ends) if limited else run_stage(plan, spec, place)
+                    _to_drive(plan, spec)
                 if code:
                     break
         if code == PAUSED:

@@ -1,6 +1,8 @@
 """Where the suite runs: platform, folders, model weights, device, precision and disk."""
 
 import gc
+import hashlib
+import importlib
 import json
 import logging
 import math
@@ -27,6 +29,7 @@ KAGGLE_WORKING = Path("/kaggle/working")
 KAGGLE_SCRATCH = Path("/kaggle/temp")
 MODEL_DEPTH = 8  # folders between /kaggle/input and a model's config.json: models/owner/name/framework/variation/1
 COLAB_CONTENT = Path("/content")
+DRIVE = COLAB_CONTENT / "drive" / "MyDrive"
 SESSION_HOURS = {"kaggle": 12.0, "colab": 12.0}  # a session's longest life, counted from its start
 MARGIN_SECONDS = 900.0  # kept free before a limit: to end the stage, write its figures and hand over the output
 IMPORTED = time.monotonic()
@@ -190,10 +193,8 @@ def _colab_secret(name: str) -> str | None:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if "google.colab" not in type(shell).__module__:  # elsewhere the answer is a time-out
         return None
-    from google.colab import userdata
-
     try:
-        return userdata.get(name)
+        return importlib.import_module("google.colab.userdata").get(name)
     except Exception as error:  # userdata's own errors: not found, no access, time-out
         logging.getLogger(__name__).info("no secret %s: %s", name, type(error).__name__)
         return None
@@ -258,6 +259,55 @@ def machine() -> dict[str, Any]:
         facts["gpu_memory_gb"] = round(properties.total_memory / 1e9, 1)
         facts["gpu_capability"] = f"{properties.major}.{properties.minor}"
     return facts
+
+
+def drive_runs() -> Path | None:
+    """Return the folder on Google Drive that keeps the runs of Colab's sessions; None elsewhere or if not mounted."""
+    return DRIVE / "gif-question-answering" / "runs" if platform() == "colab" and DRIVE.is_dir() else None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _copy_file(source: Path, target: Path, attempts: int, wait: float) -> None:
+    """Copy one file under another name, read it back, compare hashes, and only then give it its name."""
+    digest, part = _sha256(source), target.with_name(f".{target.name}.part")
+    for attempt in range(1, attempts + 1):
+        try:
+            if target.is_file() and target.stat().st_size == source.stat().st_size and _sha256(target) == digest:
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, part)
+            if _sha256(part) != digest:
+                raise OSError("what was read back differs from what was written")
+            part.replace(target)
+            return
+        except OSError as error:  # Drive drops its connection (errno 107) and comes back
+            if attempt == attempts:
+                raise OSError(
+                    f"{source.name} could not be copied to {target.parent} in {attempts} attempts: {error}"
+                ) from error
+            time.sleep(wait * 2 ** (attempt - 1))
+
+
+def copy_verified(source: Path, target: Path, attempts: int = 5, wait: float = 2.0) -> None:
+    """Make folder `target` hold the files of folder `source`, each verified by its hash; for disks that drop out.
+
+    A file that fails is tried again, with pauses of `wait` seconds that double. `stage.json` comes last, so a copy that
+    was cut has none and counts as not done. Hidden files are left out; files that `source` lacks are removed. Raises
+    OSError if all attempts at a file fail.
+    """
+    files = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    if (target / "stage.json").is_file() and not (source / "stage.json").is_file():
+        (target / "stage.json").unlink()
+    for file in sorted(files, key=lambda file: file.name == "stage.json"):
+        _copy_file(source / file, target / file, attempts, wait)
+    for path in [path for path in target.rglob("*") if path.is_file()]:
+        if path.relative_to(target) not in files:
+            path.unlink()
 
 
 def free_gigabytes(path: Path | str) -> float:

@@ -75,7 +75,7 @@ def test_clock_moved_backwards_makes_no_time_vanish(tmp_path):
     back = NOW - 2 * HOUR  # now the clock stands before what was noted
     assert ledger.used(*week(back), "kaggle", back) == 5 * HOUR
     found = budget(ledger, 30, back)
-    assert found.used == 5 * HOUR and "clock moved backwards" in found.warnings[0]
+    assert found.used == 5 * HOUR and "The clock moved backwards" in found.warnings[0]
     assert budget(ledger, 30, NOW + 6 * HOUR).warnings == ()
 
 

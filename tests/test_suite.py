@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -268,7 +269,24 @@ def test_dead_token_or_endpoint_stops_nothing(world, on_kaggle, monkeypatch, cap
 
     monkeypatch.setattr(quota, "ask_account", down)
     assert world.run("--profile", "tiny") == 0
-    assert "the account's quota is not known: Kaggle's client failed: 401" in capsys.readouterr().err
+    assert "The account's quota is not known: Kaggle's client failed: 401" in capsys.readouterr().err
+
+
+def test_colab_keeps_its_stages_on_drive_and_takes_them_back(world, monkeypatch, capsys):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
+    monkeypatch.setattr(workspace, "DRIVE", world.folder / "drive")
+    (world.folder / "drive").mkdir()
+    world.act["03_adapter_training"] = "partial"
+    assert world.run("--profile", "tiny") == PAUSED
+    shutil.rmtree(world.runs)  # the session has ended
+    world.act.clear()
+    assert world.run("--profile", "tiny") == 0 and world.ran == NAMES[2:]
+    assert "Taking 02_feature_caching from Drive" in capsys.readouterr().out
+    kept = world.folder / "drive" / "gif-question-answering" / "runs" / "tiny"
+    assert [stages.read_manifest(kept / name)["status"] for name in NAMES] == ["complete"] * 4
+    monkeypatch.setattr(runner, "copy_verified", lambda *a: (_ for _ in ()).throw(OSError("errno 107")))
+    assert world.run("--profile", "tiny", "--force", "--only", "04") == 0
+    assert "04_evaluation is not kept on Drive: errno 107" in capsys.readouterr().err
 
 
 def test_without_a_gpu_nothing_is_counted_and_nothing_refused(world, monkeypatch):

@@ -1,9 +1,15 @@
 """Platform, folders, model lookup, precision and disk, with the platforms' environments faked."""
 
+import errno
 import json
+import logging
+import math
 import os
+import shutil
+import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +22,21 @@ from helpers.config import load_profile
 def plain_environment(monkeypatch):
     """No platform's variables, whatever machine the tests run on."""
     for name in list(os.environ):
-        if name.startswith(("KAGGLE_", "COLAB_")) or name == "RUNS_ROOT":
+        if name.startswith(("KAGGLE_", "COLAB_", "SUITE_")) or name in ("RUNS_ROOT", "HF_TOKEN", "HF_HOME"):
             monkeypatch.delenv(name)
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):  # what set_up and share_secrets have set
+        del os.environ[name]
+
+
+def on(monkeypatch, where: str) -> None:
+    """Set what the environment of a platform is told by."""
+    if where == "kaggle":
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "x")  # Kaggle's image is built from Colab's
+    elif where == "colab":
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-external-images_20260819")
 
 
 def test_platform_is_told_by_environment_and_kaggle_comes_first(monkeypatch):
@@ -44,6 +63,225 @@ def test_precision_follows_compute_capability_not_the_bf16_answer(monkeypatch, c
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)  # what a T4 says
     assert workspace.compute_dtype(torch.device("cuda")) is dtype
     assert workspace.compute_dtype(torch.device("cpu")) is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("where", "runs", "scratch"),
+    [("kaggle", "/kaggle/working/runs", "/kaggle/temp"), ("colab", "/content/runs", "/content/scratch")],
+)
+def test_runs_are_kept_and_weights_go_where_they_may_be_lost(monkeypatch, where, runs, scratch):
+    on(monkeypatch, where)
+    assert str(workspace.runs_root()) == runs and str(workspace.scratch_root()) == scratch
+    workspace.set_up()
+    assert os.environ["HF_HOME"] == f"{scratch}/huggingface" and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_locally_weights_stay_in_the_users_own_cache():
+    workspace.set_up()
+    assert "HF_HOME" not in os.environ and workspace.session_end() == math.inf
+
+
+def test_platform_is_known_in_a_child_whose_shell_is_not_colabs(monkeypatch):
+    on(monkeypatch, "colab")
+    code = "from helpers import workspace; print(workspace.platform(), workspace.default_profile())"
+    environment = os.environ | {"PYTHONPATH": str(workspace.repo_root())}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout.split() == ["colab", "colab"]
+
+
+@pytest.mark.parametrize("where", ["kaggle", "colab"])
+def test_session_is_as_old_as_the_machines_first_process(monkeypatch, where):
+    on(monkeypatch, where)
+    clocks = SimpleNamespace(boot=100_000.0, wall=5e9)
+    monkeypatch.setattr(workspace, "_first_process_began", lambda: 100_000.0 - 2 * 3600)
+    monkeypatch.setattr(workspace.time, "clock_gettime", lambda clock: clocks.boot)
+    monkeypatch.setattr(workspace.time, "time", lambda: clocks.wall)
+    assert workspace.session_seconds() == 2 * 3600
+    assert workspace.session_end() == 5e9 + 10 * 3600 - workspace.MARGIN_SECONDS
+    clocks.wall -= 86400.0  # a clock that is set back leaves the session as old as it was
+    assert workspace.session_seconds() == 2 * 3600
+    assert workspace.session_end() - clocks.wall == 10 * 3600 - workspace.MARGIN_SECONDS
+
+
+def test_first_process_is_read_as_the_system_tells_it():
+    psutil = pytest.importorskip("psutil")
+    began = psutil.Process(1).create_time() - psutil.boot_time()
+    assert workspace._first_process_began() == pytest.approx(began, abs=1.1)
+
+
+def test_children_of_a_session_agree_on_its_name(monkeypatch):
+    on(monkeypatch, "kaggle")
+    code = "from helpers import workspace; print(workspace.session_name())"
+    environment = os.environ | {"PYTHONPATH": str(workspace.repo_root())}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == workspace.session_name()
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    monkeypatch.delenv("COLAB_RELEASE_TAG")
+    assert child.stdout.strip() != workspace.session_name()
+
+
+def fake_driver(folder: Path, monkeypatch, answer: str, code: int = 0) -> None:
+    """Put a stand-in for the driver's tool on PATH that gives `answer`."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\nexit {code}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_gpus_are_told_by_the_driver_whatever_this_process_may_see(monkeypatch, tmp_path):
+    fake_driver(tmp_path, monkeypatch, "Tesla T4, 15360, 7.5\nTesla T4, 15360, 7.5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert workspace.gpus() == [workspace.Gpu("Tesla T4", 15.0, (7, 5))] * 2
+    fake_driver(tmp_path, monkeypatch, "NVIDIA-SMI has failed because it couldn't communicate with the driver.", 9)
+    assert workspace.gpus() == []
+    monkeypatch.setattr(workspace.shutil, "which", lambda name: None)
+    assert workspace.gpus() == []
+
+
+# ---------------------------------------------------------------------------------------------------- secrets
+
+
+def kaggle_secrets(monkeypatch, secrets: dict[str, str]) -> list[str]:
+    """Stand in for Kaggle's module; returns the list of names that are asked for."""
+    asked, module = [], ModuleType("kaggle_secrets")
+
+    class UserSecretsClient:
+        def get_secret(self, name):
+            asked.append(name)
+            if name not in secrets:
+                raise RuntimeError(f"No user secrets exist for kernel id 1 and label {name}.")
+            return secrets[name]
+
+    module.UserSecretsClient = UserSecretsClient
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", module)
+    monkeypatch.setenv("KAGGLE_USER_SECRETS_TOKEN", "jwt")
+    return asked
+
+
+def test_kaggles_secrets_are_read_once_and_inherited_and_never_told(monkeypatch, capfd, caplog):
+    on(monkeypatch, "kaggle")
+    caplog.set_level(logging.DEBUG)
+    asked = kaggle_secrets(monkeypatch, {"HF_TOKEN": "hf_very_secret"})
+    assert workspace.share_secrets() == ["HF_TOKEN"] and asked == ["HF_TOKEN", "KAGGLE_API_TOKEN"]
+    assert workspace.share_secrets() == ["HF_TOKEN"] and len(asked) == 2
+    code = "import os, sys; sys.exit(os.environ['HF_TOKEN'] != 'hf_very_secret')"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    told = capfd.readouterr()
+    assert "hf_very_secret" not in told.out + told.err + caplog.text and "no secret KAGGLE_API_TOKEN" in caplog.text
+
+
+def test_what_the_user_has_set_is_not_replaced(monkeypatch):
+    on(monkeypatch, "kaggle")
+    asked = kaggle_secrets(monkeypatch, {"HF_TOKEN": "other"})
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    workspace.share_secrets()
+    assert os.environ["HF_TOKEN"] == "mine" and "HF_TOKEN" not in asked
+
+
+def colab_userdata(monkeypatch, shell: type) -> list[str]:
+    """Stand in for google.colab's userdata, seen from a kernel of the given shell class."""
+    asked, userdata = [], ModuleType("google.colab.userdata")
+
+    class SecretNotFoundError(Exception):
+        pass
+
+    def get(name):
+        asked.append(name)
+        if name != "HF_TOKEN":
+            raise SecretNotFoundError(f"Secret {name} does not exist.")
+        return "hf_from_colab"
+
+    userdata.get = get
+    for name in ("google", "google.colab", "google.colab.userdata"):
+        module = userdata if name.endswith("userdata") else ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["google.colab"].userdata = userdata
+    ipython = ModuleType("IPython")
+    ipython.get_ipython = shell
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    return asked
+
+
+def test_colabs_secrets_are_asked_for_in_its_own_kernel_only(monkeypatch):
+    on(monkeypatch, "colab")
+    plain = type("ZMQInteractiveShell", (), {"__module__": "ipykernel.zmqshell"})
+    asked = colab_userdata(monkeypatch, plain)  # a child of papermill: the question would only time out
+    assert workspace.share_secrets() == [] and asked == []
+    monkeypatch.delenv(workspace.SHARED)
+    asked = colab_userdata(monkeypatch, type("Shell", (), {"__module__": "google.colab._shell"}))
+    assert workspace.share_secrets() == ["HF_TOKEN"] and os.environ["HF_TOKEN"] == "hf_from_colab"
+    assert asked == ["HF_TOKEN", "KAGGLE_API_TOKEN"]
+
+
+# ------------------------------------------------------------------------------------------------ Google Drive
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A stage's folder with a few files."""
+    folder = tmp_path / "03_adapter_training"
+    (folder / "bundle").mkdir(parents=True)
+    for name in ("bundle/connector.safetensors", "history.parquet", "stage.json", ".lock"):
+        (folder / name).write_bytes(name.encode() * 1000)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_copy_survives_a_drive_that_drops_out_in_the_middle_of_a_file(monkeypatch, tmp_path, finished):
+    copyfile, calls = shutil.copyfile, []
+
+    def fails_twice(source, target):
+        calls.append(Path(source).name)
+        if len(calls) in (1, 3):
+            Path(target).write_bytes(Path(source).read_bytes()[:100])
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        copyfile(source, target)
+        if len(calls) == 4:  # written without an error, and yet not what was written
+            Path(target).write_bytes(b"something else")
+
+    monkeypatch.setattr(workspace.shutil, "copyfile", fails_twice)
+    workspace.copy_verified(finished, tmp_path / "drive", wait=0.0)
+    expected = files(finished)
+    del expected[".lock"]
+    assert files(tmp_path / "drive") == expected and calls[-1] == "stage.json" and len(calls) == 6
+    calls.clear()
+    workspace.copy_verified(finished, tmp_path / "drive", wait=0.0)
+    assert calls == []  # what is there and equal is not sent again
+
+
+def test_drive_that_stays_away_is_an_error_and_leaves_nothing_that_looks_done(monkeypatch, tmp_path, finished):
+    pauses = []
+    monkeypatch.setattr(workspace.time, "sleep", pauses.append)
+
+    def copyfile(source, target):
+        if Path(source).name == "history.parquet":
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        Path(target).write_bytes(Path(source).read_bytes())
+
+    monkeypatch.setattr(workspace.shutil, "copyfile", copyfile)
+    with pytest.raises(OSError, match=r"history\.parquet could not be copied .* in 4 attempts.*not connected"):
+        workspace.copy_verified(finished, tmp_path / "drive", attempts=4, wait=1.0)
+    assert pauses == [1.0, 2.0, 4.0] and not (tmp_path / "drive" / "stage.json").exists()
+
+
+def test_copy_follows_what_was_replaced(tmp_path, finished):
+    workspace.copy_verified(finished, tmp_path / "drive")
+    (finished / "history.parquet").rename(finished / "other.parquet")
+    (finished / "stage.json").write_text("{}")
+    workspace.copy_verified(finished, tmp_path / "drive")
+    assert set(files(tmp_path / "drive")) == {"bundle/connector.safetensors", "other.parquet", "stage.json"}
+    assert (tmp_path / "drive" / "stage.json").read_text() == "{}"
+
+
+def test_drive_is_used_on_colab_and_only_if_it_is_mounted(monkeypatch, tmp_path):
+    monkeypatch.setattr(workspace, "DRIVE", tmp_path)
+    assert workspace.drive_runs() is None
+    on(monkeypatch, "colab")
+    assert workspace.drive_runs() == tmp_path / "gif-question-answering" / "runs"
+    monkeypatch.setattr(workspace, "DRIVE", tmp_path / "not mounted")
+    assert workspace.drive_runs() is None
 
 
 def test_too_little_disk_is_said_with_both_numbers(monkeypatch, tmp_path):
@@ -144,13 +382,10 @@ def test_set_up_keeps_what_the_user_has_set(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    before = dict(os.environ)
     workspace.set_up()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     assert os.environ["HF_HOME"].startswith("/kaggle/temp")
-    for name in set(os.environ) - set(before):
-        monkeypatch.delenv(name)
 
 
 def test_machine_and_versions_are_plain_json():
