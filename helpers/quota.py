@@ -188,7 +188,7 @@ def parse_account(text: str) -> Account:
 
 def ask_account(timeout: float = 60.0) -> Account:
     """Ask Kaggle for the account's quota, through its client; raises QuotaUnknown, without a token too."""
-    command = [sys.executable, "-m", "kaggle", "quota", "-v"]
+    command = [sys.executable, "-c", "from kaggle.cli import main; main()", "quota", "-v"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
@@ -196,6 +196,8 @@ def ask_account(timeout: float = 60.0) -> Account:
     told = [line for line in (answer.stdout + answer.stderr).splitlines() if line.strip()]
     if any("Authentication required" in line for line in told):
         raise QuotaUnknown("there is no Kaggle token here (kaggle auth login, or set KAGGLE_API_TOKEN)")
+    if "invalid choice: 'quota'" in answer.stderr:  # the client of Kaggle's own image is older
+        raise QuotaUnknown("the installed Kaggle client has no `quota` command; version 2.2 has it")
     if answer.returncode:
         raise QuotaUnknown(f"Kaggle's client failed: {told[-1][:200] if told else f'exit code {answer.returncode}'}")
     return parse_account(answer.stdout)

@@ -67,6 +67,9 @@ EXIT_CODES = """exit codes:
 COMMANDS = """commands (each has its own --help):
   ./run_all.sh [options]       run the notebooks as below; the default
   ./run_all.sh test [ARGS]     ruff and the test suite; ARGS go to pytest
+  ./run_all.sh test --against NAME [ARGS]
+                               the fast tests and the tiny notebooks under a platform's packages: kaggle-2026-05,
+                               colab-2026-07, colab-2026-08, lowest
   ./run_all.sh bench [NAME]    the benchmarks, as ratios; results also as JSON
   ./run_all.sh quota [options] GPU-hours used and left this week, what each stage will take; --figure draws the weeks
   ./run_all.sh score           score a result file of ScienceQA, anyone's, against gold answers; prints JSON
@@ -662,8 +665,13 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
 
 
 def run_tests(arguments: Sequence[str]) -> int:
-    """Run ruff's two checks and pytest, all three even if one fails; returns the first failing exit code."""
+    """Run ruff's two checks and pytest, all three even if one fails; returns the first failing exit code.
+
+    `--against NAME` runs the fast tests under the package set of a platform instead, in an environment of its own.
+    """
     root, python = repo_root(), sys.executable
+    if arguments[:1] == ["--against"]:
+        return subprocess.run([python, "-m", "tests.constraints", *arguments[1:]], cwd=root).returncode
     commands = [
         [python, "-m", "ruff", "check", "."],
         [python, "-m", "ruff", "format", "--check", "."],

@@ -45,7 +45,7 @@ def test_old_torchao_beside_new_peft_is_refused_with_the_remedy(versions, faulty
 def test_gpu_that_torch_has_no_code_for_is_refused(capability, architectures, faulty):
     faults = overview.known_faults(GOOD, capability, architectures)
     assert bool(faults) == faulty
-    assert not faulty or "GPU T4 x2" in faults[0] and "compute capability" in faults[0]
+    assert not faulty or ("GPU T4 x2" in faults[0] and "compute capability" in faults[0])
 
 
 def test_bfloat16_on_a_t4_is_refused_and_elsewhere_not(monkeypatch):

@@ -4,10 +4,12 @@ import json
 import math
 import random
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from helpers import quota, suite, training
 from helpers.config import ConfigError, load_profile
@@ -129,6 +131,12 @@ def test_unreadable_account_is_an_error_in_words(text):
         parse_account(text)
 
 
+asks_for_quota = pytest.mark.skipif(
+    Version(metadata.version("kaggle")) < Version("2.2"), reason="this Kaggle client has no quota command"
+)
+
+
+@asks_for_quota
 def test_real_client_prints_what_is_parsed(monkeypatch, capsys):
     from datetime import UTC, datetime, timedelta
 
@@ -141,6 +149,7 @@ def test_real_client_prints_what_is_parsed(monkeypatch, capsys):
     assert parse_account(capsys.readouterr().out) == quota.Account(3.0, 37.0, SATURDAY)
 
 
+@asks_for_quota
 def test_without_a_token_the_ledger_alone_is_used_and_said(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_V1_TOKEN"):

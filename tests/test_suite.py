@@ -432,6 +432,11 @@ def test_help_is_complete(capsys):
         assert part in text, part
 
 
+def test_package_set_that_is_not_there_is_refused_with_those_that_are(capfd):
+    assert main(["test", "--against", "kaggle-2025-01"]) == REFUSED
+    assert "kaggle-2026-05" in capfd.readouterr().err
+
+
 def test_make_shapes_refuses_half_a_pair(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["make-shapes", "--test", "3", "--out", str(tmp_path / "new")])

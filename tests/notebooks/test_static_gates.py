@@ -12,6 +12,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from helpers.stage import load_suite
 from helpers.suite import README_MARKS, notebook_table, read_parameters
@@ -227,6 +228,19 @@ def test_requirements_agree_with_each_other():
     runtime = {str(requirement) for requirement in _ranges(text.partition("# Development")[0])}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {str(Requirement(line)) for line in project["dependencies"]} == runtime
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "constraints").glob("*.txt")), ids=lambda path: path.stem)
+def test_package_sets_of_the_platforms_are_supported(path):
+    supported = {r.name: r.specifier for r in _ranges((ROOT / "requirements.txt").read_text())}
+    pinned = {r.name: r.specifier for r in _ranges(path.read_text())}
+    assert "torch" not in pinned and {"transformers", "peft", "accelerate"} <= set(pinned)
+    for name in set(pinned) & set(supported):
+        version = str(pinned[name]).removeprefix("==")
+        assert supported[name].contains(version), f"{name} {version} against {supported[name]}"
+        if path.stem == "lowest":
+            lower = next(bound.version for bound in supported[name] if bound.operator == ">=")
+            assert Version(version) == Version(lower), name
 
 
 def test_every_import_of_the_code_is_a_stated_requirement():
