@@ -284,6 +284,41 @@ def test_second_worker_is_refused_and_a_killed_one_leaves_no_lock(world, monkeyp
     Stage("one", profile="tiny")
 
 
+def test_lock_of_a_killed_process_does_not_live_on_in_its_children(world):
+    code = """
+        import subprocess, sys, time
+        from pathlib import Path
+        from helpers.stage import hold_lock
+        hold_lock(Path(sys.argv[1]), "x")
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        print(child.pid, flush=True)
+        time.sleep(60)
+    """
+    path, environment = world / "lock", os.environ | {"PYTHONPATH": str(repo_root())}
+    command = [sys.executable, "-c", textwrap.dedent(code), str(path)]
+    holder = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(StageError, match=rf"pid {holder.pid}"):
+            stages.hold_lock(path, "x")
+        holder.kill()
+        holder.wait()
+        stages.hold_lock(path, "x")  # the child still runs
+        os.kill(child, 0)
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
+        stages.release_lock(path)
+
+
+def test_notebook_run_by_hand_stops_before_the_platforms_session_ends(monkeypatch):
+    monkeypatch.delenv("SUITE_DEADLINE", raising=False)
+    monkeypatch.setattr(stages, "session_end", lambda: 123.0)
+    assert stages.deadline() == 123.0
+    monkeypatch.setenv("SUITE_DEADLINE", "45.0")
+    assert stages.deadline() == 45.0
+
+
 def _write_forever(path):
     while True:
         stages.write_json(path, {"rows": list(range(2000))})
