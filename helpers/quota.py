@@ -239,7 +239,7 @@ def budget(
 ) -> Budget:
     """Return this week's budget: the account's figure and the ledger's, whichever has used more.
 
-    weekly_hours: the hours a week where the account does not say. The hours of an account that gives fewer stand.
+    weekly_hours: the hours a week where there is no account to say.
     """
     if account is not None and account.refresh is not None:
         ledger.note_refresh(account.refresh)
@@ -286,7 +286,7 @@ def deadline(found: Budget, now: float, session_end: float) -> float:
     Hours that outlast the week do not end with it: at the refresh there are new ones.
     """
     last = now + found.left
-    return min(session_end, last - MARGIN_SECONDS if last < found.refresh else math.inf)
+    return min(session_end, (last if last < found.refresh else found.refresh + found.total) - MARGIN_SECONDS)
 
 
 # ------------------------------------------------------------------------------------------- forecast and decision

@@ -210,8 +210,9 @@ def test_deadline_is_the_sessions_end_or_the_weeks_hours_whichever_is_first():
     end = NOW + 10 * HOUR
     assert deadline(Budget(0, 30 * HOUR, SATURDAY), NOW, end) == end
     assert deadline(Budget(27 * HOUR, 30 * HOUR, SATURDAY), NOW, end) == NOW + 3 * HOUR - MARGIN_SECONDS
-    # two hours that are left one hour before the refresh do not end the work
+    # two hours that are left one hour before the refresh do not end the work, but the new week's hours may
     assert deadline(Budget(28 * HOUR, 30 * HOUR, NOW + HOUR), NOW, end) == end
+    assert deadline(Budget(2 * HOUR, 4 * HOUR, NOW + HOUR), NOW, end) == NOW + 5 * HOUR - MARGIN_SECONDS
     assert deadline(Budget(40 * HOUR, 30 * HOUR, SATURDAY), NOW, math.inf) == NOW - MARGIN_SECONDS
 
 
@@ -294,13 +295,16 @@ def full_plan() -> list[Forecast]:
 LONG = [Forecast("02", 15.6 * HOUR, "x"), Forecast("03", 93.6 * HOUR, "x"), Forecast("04", 6 * HOUR, "x")]
 
 
+@pytest.mark.parametrize("hours", [30, 8])
 @pytest.mark.parametrize("plan", [full_plan(), LONG], ids=["suite.yaml", "the original's hours"])
 @pytest.mark.parametrize("seed", range(6))
-def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(tmp_path, plan, seed):
+def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(tmp_path, plan, seed, hours):
     begin = NOW + random.Random(seed).uniform(0, WEEK)
-    pieces = simulate(plan, Ledger(tmp_path / "quota.jsonl"), 30, begin, lifetime_hours=7, rest_seconds=HOUR, seed=seed)
+    pieces = simulate(
+        plan, Ledger(tmp_path / "quota.jsonl"), 30, begin, lifetime_hours=7, rest_seconds=HOUR, seed=seed
+    )
     used = gpu_hours_by_week(pieces)
-    assert max(used.values()) <= 30
+    assert max(used.values()) <= hours
     assert all(piece.closed - piece.opened <= 12 * HOUR for piece in pieces)
     sessions = {piece.session: piece for piece in pieces}
     assert all(a.closed <= b.opened for a, b in zip(list(sessions.values()), list(sessions.values())[1:], strict=False))
