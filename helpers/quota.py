@@ -47,7 +47,7 @@ def when(moment: float) -> str:
 
 def span(seconds: float) -> str:
     """Write a length of time as a reader wants it: minutes below an hour, else hours."""
-    return f"{seconds / HOUR:.1f} h" if seconds >= HOUR else f"{max(0.0, seconds) / 60:.0f} min"
+    return f"{seconds / HOUR:.1f} h" if seconds >= HOUR else f"{math.ceil(max(0.0, seconds) / 60)} min"
 
 
 # -------------------------------------------------------------------------------------------------- the ledger

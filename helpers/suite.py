@@ -557,13 +557,16 @@ def _forecast(plan: Plan, spec: StageSpec) -> quota.Forecast:
     return quota.forecast(spec, plan.profile, plan.folder, given_bundle=bundle)
 
 
-def _say_budget(found: quota.Budget) -> None:
+def _say_budget(found: quota.Budget, said: set[str]) -> None:
+    """Print the budget and the warnings that were not `said` before."""
     print(f"Quota: {found.sentence()}")
     for warning in found.warnings:
-        print(f"  Warning: {warning}", file=sys.stderr)
+        if warning not in said:
+            print(f"  Warning: {warning}", file=sys.stderr)
+    said.update(found.warnings)
 
 
-def _within_quota(plan: Plan, spec: StageSpec, place: str, deadline: float) -> int:
+def _within_quota(plan: Plan, spec: StageSpec, place: str, deadline: float, said: set[str]) -> int:
     """Run one stage if it, or a useful part of it, fits into the week's GPU-hours; returns an exit code.
 
     A stage that can stop after a few steps is first measured with them. They are kept, so only its start is paid twice.
@@ -571,7 +574,7 @@ def _within_quota(plan: Plan, spec: StageSpec, place: str, deadline: float) -> i
 
     def decide(forecast: quota.Forecast) -> bool:
         found = quota.read_budget(plan.weekly_hours, plan.suite.weekly_hours)
-        _say_budget(found)
+        _say_budget(found, said)
         ends = min(deadline, quota.deadline(found, time.time(), session_end()))
         os.environ["SUITE_DEADLINE"] = str(ends)
         decision = quota.decide(forecast, time.time(), ends)
@@ -627,7 +630,7 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
     """
     from helpers.report import score_table, write_report
 
-    limited = quota.limited(plan.weekly_hours)
+    limited, said = quota.limited(plan.weekly_hours), set()
     try:
         hold_lock(plan.folder / ".lock", f"run {plan.run!r}")
         if plan.upstream:
@@ -643,7 +646,7 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
                     print(f"{spec.name} waits: the deadline has passed", file=sys.stderr)
                     code = PAUSED
                 else:
-                    code = _within_quota(plan, spec, place, ends) if limited else run_stage(plan, spec, place)
+                    code = _within_quota(plan, spec, place, ends, said) if limited else run_stage(plan, spec, place)
                     _to_drive(plan, spec)
                 if code:
                     break
@@ -766,7 +769,7 @@ def show_quota(arguments: Sequence[str]) -> int:
     plan = make_plan(args, arguments)
     print("GPU here:", ", ".join(gpu.name for gpu in gpus()) or "none, so nothing is counted and nothing is refused")
     found = quota.read_budget(plan.weekly_hours, plan.suite.weekly_hours)
-    _say_budget(found)
+    _say_budget(found, set())
     forecasts = [_forecast(plan, spec) for spec in plan.specs]
     print(f"\nWhat run {plan.run!r} will still take, profile {plan.profile.name!r}:")
     print(quota.forecast_table(forecasts).to_string(index=False))

@@ -301,7 +301,7 @@ LONG = [Forecast("02", 15.6 * HOUR, "x"), Forecast("03", 93.6 * HOUR, "x"), Fore
 def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(tmp_path, plan, seed, hours):
     begin = NOW + random.Random(seed).uniform(0, WEEK)
     pieces = simulate(
-        plan, Ledger(tmp_path / "quota.jsonl"), 30, begin, lifetime_hours=7, rest_seconds=HOUR, seed=seed
+        plan, Ledger(tmp_path / "quota.jsonl"), hours, begin, lifetime_hours=7, rest_seconds=HOUR, seed=seed
     )
     used = gpu_hours_by_week(pieces)
     assert max(used.values()) <= hours
