@@ -323,6 +323,12 @@ def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(
         assert len(used) >= 4 and any(piece.lost for piece in pieces)
 
 
+@pytest.mark.parametrize("before", [0.4, 3, 6])
+def test_session_across_the_refresh_keeps_to_both_weeks(tmp_path, before):
+    pieces = simulate(LONG[:1], Ledger(tmp_path / "quota.jsonl"), 8, SATURDAY - before * HOUR)
+    assert pieces[0].closed > SATURDAY and max(gpu_hours_by_week(pieces).values()) <= 8
+
+
 def test_a_week_that_is_used_up_is_waited_for(tmp_path):
     ledger = Ledger(tmp_path / "quota.jsonl")
     ledger.note("before", "kaggle", 29.9 * HOUR, NOW)
