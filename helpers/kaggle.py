@@ -694,7 +694,7 @@ def push_parser() -> argparse.ArgumentParser:
     add(
         "--deadline", default="", metavar="WHEN", help="stop watching at HH:MM or in so many minutes, with exit code 75"
     )
-    parser.set_defaults(gifs="", qa="", holdout=None, bundle="", upstream="", force=False)
+    parser.set_defaults(gifs="", qa="", holdout=None, bundle="", upstream="", force=False, weekly_hours=None)
     return parser
 
 
