@@ -31,6 +31,7 @@ from helpers.scoring_scienceqa import (
     gold_of,
     majority,
     score,
+    wilson_interval,
 )
 from helpers.training_scienceqa import (
     Images,
@@ -176,6 +177,19 @@ def scores(predictions: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {system: score(_answered(predictions, system), gold) for system in systems_in(predictions)}
 
 
+def split_by_image(predictions: pd.DataFrame) -> dict[str, dict[str, tuple[int, int, float, float]]]:
+    """System -> "image" (problems with one), "text" (without), "all" -> correct, total, and 95 % interval (%)."""
+    with_image = predictions["image"].to_numpy(dtype=bool)
+    parts = {"image": with_image, "text": ~with_image, "all": np.ones_like(with_image)}
+    found: dict[str, dict[str, tuple[int, int, float, float]]] = {}
+    for system in systems_in(predictions):
+        given = _answered(predictions, system)
+        right = np.array([given[row.pid] == row.answer for row in predictions.itertuples()])
+        counts = {part: (int(right[rows].sum()), int(rows.sum())) for part, rows in parts.items()}
+        found[system] = {part: (*count, *wilson_interval(*count)) for part, count in counts.items() if count[1]}
+    return found
+
+
 def result_table(scored: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Accuracies (%) by subgroup: a row a system of this run, then the published ones."""
     rows = {
@@ -184,6 +198,18 @@ def result_table(scored: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     }
     rows |= {name: list(values) for name, values in PUBLISHED.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*GROUPS, "average"])
+
+
+def flat_metrics(scored: Mapping[str, Mapping[str, Any]], predictions: pd.DataFrame) -> dict[str, float]:
+    """Numbers of a run by name: accuracy and every subgroup (%), the systems' names in front of all but the model's."""
+    found = {
+        f"{system}_{name}".lstrip("_"): value
+        for system, values in scored.items()
+        for name, value in values.items()
+        if name in ("accuracy", "correct", "total", "failed") or name in GROUPS
+    }
+    seen = predictions[predictions["image"].astype(bool)]
+    return found | ({"chance_IMG": chance(seen)} if len(seen) else {})
 
 
 def parameter_comparison(model: AdemVL) -> pd.DataFrame:

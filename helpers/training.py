@@ -617,7 +617,11 @@ class AdapterTrainer(Trainer):
         fused = place.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(job.groups, betas=job.betas, fused=fused)
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(job.warmup * steps), steps)
+        # The Trainer writes into a `config` as if it were Hugging Face's; AdemVL's is its own and frozen.
+        own = model.__dict__.pop("config", None)
         super().__init__(model=model, args=arguments, train_dataset=job.dataset, optimizers=(optimizer, schedule))
+        if own is not None:
+            model.config = own
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the model's loss is the mean over its own answer tokens
         self.plan, self.collator, self.folder, self.identity = job.plan, job.collator, folder, job.identity

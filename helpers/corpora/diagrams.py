@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from helpers.corpora.scienceqa import LETTERS
-
 SIZE = 64  # pixels, side of an image
 FINE = 4  # drawn this many times larger and averaged down, so that edges are smooth
 IMAGE_SHARE, HINT_SHARE, CAPTION_SHARE = 0.7, 0.5, 0.7
@@ -69,7 +67,7 @@ HINTS = {
     "map": ("Maps show where places are.", "The map shows an island."),
     "graph": ("A graph shows how a number changes.", "Time runs to the right."),
     "chain": ("Arrows point from what is eaten to what eats it.", "A food chain starts with a producer."),
-    "magnets": ("Like poles repel, unlike poles attract.", "Each magnet has two poles."),
+    "magnets": ("Unlike poles pull, like poles push.", "Each magnet has two poles."),
     "figure": ("Look at the picture.", "A figure has a shape and a color."),
 }
 CAPTIONS = {
@@ -376,8 +374,3 @@ def write(folder: str | Path, *, seed: int, train: int, val: int, test: int) -> 
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
     return folder
-
-
-def letters(problem: Problem) -> tuple[str, ...]:
-    """The letters of a problem's choices."""
-    return LETTERS[: len(problem.record["choices"])]
