@@ -148,12 +148,7 @@ def test_scores_are_counted_from_the_table(table):
     assert scored.keys() == {"", "likelihood", "text_only", "first_choice"}
     assert (scored[""]["correct"], scored[""]["failed"], scored[""]["accuracy"]) == (4, 1, 66.67)
     assert (scored[""]["IMG"], scored[""]["TXT"], scored[""]["NO"]) == (66.67, 100.0, 50.0)
-    assert (scored[""]["NAT"], scored[""]["SOC"], scored[""]["G1-6"], scored[""]["G7-12"]) == (
-        66.67,
-        66.67,
-        33.33,
-        100.0,
-    )
+    assert [scored[""][name] for name in ("NAT", "SOC", "G1-6", "G7-12")] == [66.67, 66.67, 33.33, 100.0]
     assert scored["likelihood"]["accuracy"] == 100.0 and scored["text_only"]["IMG"] == 0.0
     split = answering.split_by_image(table)
     assert split[""]["image"][:2] == (2, 3) and split[""]["text"][:2] == (2, 3) and split[""]["all"][:2] == (4, 6)
@@ -224,9 +219,8 @@ def test_attended_patches_sum_to_one_and_follow_the_scores(model, config, test_r
     weights = answering.attended(model, row, config)
     assert weights.shape == (8, 8) and weights.sum() == pytest.approx(1.0) and (weights >= 0).all()
     text = prompt(row, PromptStyle("QCM-A")) + "The answer is"
-    batch = collate(
-        [encode(model.tokenizer, text, has_image=True)], image_tensor(science.open_image(row["image"]), 64)[None], 0
-    )
+    pixels = image_tensor(science.open_image(row["image"]), 64)[None]
+    batch = collate([encode(model.tokenizer, text, has_image=True)], pixels, 0)
     caught = []
     original = torch.Tensor.kthvalue
     with pytest.MonkeyPatch.context() as patch:
@@ -235,9 +229,8 @@ def test_attended_patches_sum_to_one_and_follow_the_scores(model, config, test_r
     with torch.no_grad():
         patches, _ = model.visual_features(batch["pixel_values"])
         grid = patches[0].view(8, 8, -1)
-        coarse = torch.stack(
-            [grid[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((0, 1)) for i in range(4) for j in range(4)]
-        )
+        corners = [(i, j) for i in range(0, 8, 2) for j in range(0, 8, 2)]
+        coarse = torch.stack([grid[i : i + 2, j : j + 2].mean((0, 1)) for i, j in corners])
         values = config.beta * model.projector(torch.cat([patches[0], coarse])) + model.value_embedding[0]
     expected = torch.zeros(80)
     for scores in caught:
