@@ -216,7 +216,8 @@ def parameter_comparison(model: AdemVL) -> pd.DataFrame:
     """Trained parameters by part: of `model`, and of the paper's LLaMA-7B with CLIP ViT-L/14."""
     with torch.device("meta"):
         llama = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-        vision = CLIPVisionConfig(hidden_size=1024, num_hidden_layers=24, image_size=224, patch_size=14)
+        size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        vision = CLIPVisionConfig(**size, image_size=224, patch_size=14)
         paper = AdemVL(AdemVLConfig(llama, vision))
     columns: dict[str, dict[str, int]] = {}
     for name, one in (("this run", model), ("paper, LLaMA-7B", paper)):

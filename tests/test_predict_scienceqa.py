@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from helpers import predict_scienceqa as answering
 from helpers import training_scienceqa as science
+from helpers.assets.make_tiny import train_tokenizer
 from helpers.config import load_profile
 from helpers.corpora import diagrams
 from helpers.corpora.scienceqa import PromptStyle, load, prompt
@@ -19,12 +20,19 @@ from helpers.workspace import DeadlineReached
 
 
 @pytest.fixture(scope="module")
-def config(tiny_llama_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-clip")
+def config(tmp_path_factory):
+    """The tiny profile on random backbones, with a tokenizer in which each of " A" to " E" is a token."""
+    folder, language = tmp_path_factory.mktemp("tiny-clip"), tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     CLIPVisionModel(CLIPVisionConfig(**size, image_size=64, patch_size=8)).save_pretrained(folder)
-    own = {"language_model": str(tiny_llama_dir), "vision_model": str(folder), "batch_size": 4, "evaluation_batch": 5}
+    tokenizer = train_tokenizer([" A B C D E Question: Context: Options: Response:The answer is"] * 5, 340)
+    tokenizer.save_pretrained(language)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    llama = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, initializer_range=0.2, **sizes, **ids)
+    LlamaForCausalLM(llama).save_pretrained(language)
+    own = {"language_model": str(language), "vision_model": str(folder), "batch_size": 4, "evaluation_batch": 5}
     own |= {"projector_dim": 8, "adapter_dim": 2, "max_tokens": 400, "epochs": 1, "warmup_epochs": 0.5}
     return load_profile("tiny", {f"adem.{key}": value for key, value in own.items()}).adem
 
@@ -100,10 +108,12 @@ def test_images_matter_and_blind_answers_do_not_know_them(model, config, test_ro
     seen = (test_rows["image"] != "").to_numpy()
     changed = np.array([a != b for a, b in zip(answers["scores"], other["scores"], strict=True)])
     assert changed[seen].all()
-    assert np.allclose(np.concatenate(answers["scores"][~seen]), np.concatenate(other["scores"][~seen]), atol=1e-4)
+    assert np.allclose(
+        np.concatenate(list(answers["scores"][~seen])), np.concatenate(list(other["scores"][~seen])), atol=1e-4
+    )
     without = test_rows.assign(image="")
     again = answering.predict(model, without, config)
-    assert np.allclose(np.concatenate(blind["scores"]), np.concatenate(again["scores"]), atol=1e-4)
+    assert np.allclose(np.concatenate(list(blind["scores"])), np.concatenate(list(again["scores"])), atol=1e-4)
 
 
 def test_shuffled_images_are_others_of_the_same_skill(test_rows):
@@ -251,7 +261,7 @@ def test_the_real_slice_trains_and_every_subgroup_is_reported(config, shared_dat
     whole = load(folder, captions=True)
     assert len(whole.problems) == 1773 and whole.rejects.empty
     train, test = (whole.problems[whole.problems["split"] == split] for split in ("train", "test"))
-    own = science.changed(config, {"max_tokens": 512, "epochs": 0.1, "warmup_epochs": 0.0, "batch_size": 8})
+    own = science.changed(config, {"max_tokens": 600, "epochs": 0.1, "warmup_epochs": 0.0, "batch_size": 8})
     model = science.build_model(own)
     result, skipped = science.train_adem(model, train, own, tmp_path, progress=False)
     assert result.status == "complete" and 0 < len(skipped) < 0.5 * len(train)
