@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
-SECTIONS = ("data", "shapes", "encoder", "language_model", "connector", "training", "evaluation")
+ADEM_PRESETS = PROFILES / "adem"
+SECTIONS = ("data", "shapes", "encoder", "language_model", "connector", "training", "evaluation", "adem")
 
 
 class ConfigError(ValueError):
@@ -127,6 +128,69 @@ class EvaluationConfig(Section):
     seed: Annotated[int, Field(ge=0)]
 
 
+class AdemConfig(Section):
+    """ADEM-VL on ScienceQA, all of it: data, base models, shape, training. `preset` gives the keys that are not set."""
+
+    preset: str
+    corpus: Literal["diagrams", "scienceqa"]
+    world_seed: Annotated[int, Field(ge=0)]
+    world_train: Positive
+    world_test: Positive
+    protocol: Literal["QCM-A", "QCM-A with captions", "CQM-A", "CQM-A with captions", "released mismatch"]
+    max_tokens: Annotated[int, Field(ge=16)]
+    language_model: str
+    language_revision: str | None
+    quantisation: Literal["nf4", "none"]
+    vision_model: str
+    vision_revision: str | None
+    normalisation: Literal["clip", "siglip", "imagenet"]
+    adapter_dim: Positive
+    projector_dim: Positive
+    scales: Annotated[list[Positive], Field(min_length=1)]
+    alpha: Float
+    beta: Float
+    drop_ratio: Annotated[Float, Field(ge=0, lt=1)]
+    use_cls: bool
+    cross_attention: Literal["mlp_in_out", "mlp_in_in", "mlp_out_out", "mhsa_in_out", "mhsa_in_in", "mhsa_out_out"]
+    phi: Literal["silu", "identity", "softmax", "relu", "elu", "silu_positive"]
+    learnable_threshold: bool
+    layer_dropout: Annotated[Float, Field(ge=0, lt=1)]
+    cross_attention_dropout: Annotated[Float, Field(ge=0, lt=1)]
+    epochs: Annotated[Float, Field(gt=0)]
+    warmup_epochs: Annotated[Float, Field(ge=0)]
+    learning_rate: Annotated[Float, Field(ge=0)]
+    weight_decay: Annotated[Float, Field(ge=0)]
+    max_grad_norm: Annotated[Float, Field(ge=0)]
+    batch_size: Positive
+    accumulation: Positive
+    gradient_checkpointing: bool
+    seed: Annotated[int, Field(ge=0)]
+    checkpoint_minutes: Annotated[Float, Field(gt=0)]
+    log_steps: Positive
+    evaluation_batch: Positive
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_from_the_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
+            return values
+        names = sorted(path.stem for path in ADEM_PRESETS.glob("*.yaml"))
+        if values["preset"] not in names:
+            raise ValueError(f"unknown adem.preset {values['preset']!r}; {nearest(values['preset'], names)}")
+        path = ADEM_PRESETS / f"{values['preset']}.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) | values
+
+    @model_validator(mode="after")
+    def _warm_up_ends_before_training(self) -> "AdemConfig":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"adem.warmup_epochs {self.warmup_epochs} must be below adem.epochs {self.epochs}")
+        return self
+
+
+def _tiny_adem() -> AdemConfig:
+    return AdemConfig.model_validate({"preset": "tiny"})
+
+
 class Profile(Section):
     """All settings of a run; the same code runs every profile, only sizes differ."""
 
@@ -138,6 +202,7 @@ class Profile(Section):
     connector: ConnectorConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
+    adem: AdemConfig = Field(default_factory=_tiny_adem)  # a GIF bundle's profile has no such section
 
     @model_validator(mode="after")
     def _groups_are_cached(self) -> "Profile":

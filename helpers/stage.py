@@ -30,6 +30,7 @@ SPEED_ONLY = {  # profile keys that change how fast a stage runs, not what it ma
     "encoder": {"batch_groups"},
     "training": {"checkpoint_minutes", "log_steps", "gradient_checkpointing"},
     "evaluation": {"batch_tokens"},
+    "adem": {"preset", "checkpoint_minutes", "log_steps", "gradient_checkpointing", "evaluation_batch"},
 }
 COMMON_PARAMETERS = ("profile", "run", "overrides")
 HASHED_BYTES = 256_000_000  # a path parameter larger than this is not read whole

@@ -1,6 +1,6 @@
-"""Training of connector, integration transformer and adapter on cached frame embeddings, on the Hugging Face Trainer.
+"""Training on the Hugging Face Trainer: adapters of any model (`fit`), and those of the GIF model (`train`).
 
-The whole run is planned before the first step: `BatchPlan` lays out the batches of every epoch, and the Trainer walks
+The whole run is planned before the first step: a `Plan` lays out the batches of every epoch, and the Trainer walks
 through that plan as one pass. A run is therefore resumed by its step number alone, fractions of an epoch are exact, and
 a model without video tokens can be trained on the very same batches.
 """
@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,8 +168,37 @@ def bucket(lengths: np.ndarray, budget: int, rng: np.random.Generator, window: i
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class BatchPlan(Sampler[list[tuple[int, int]]]):
-    """Batch sampler over a whole run: each batch is a list of (row, groups), all epochs one after another.
+class Plan(Sampler[list[Any]]):
+    """Batch sampler over a whole run: `batches`, lists of keys into a dataset, all epochs one after another."""
+
+    def __init__(
+        self,
+        batches: list[list[Any]],
+        text_tokens: np.ndarray,
+        video_tokens: np.ndarray,
+        padded_tokens: np.ndarray,
+        epoch_after: np.ndarray,
+    ):
+        """For each batch: its real text and video tokens, its tokens with padding, and the epochs done after it."""
+        self.batches, self.text_tokens, self.video_tokens = batches, text_tokens, video_tokens
+        self.padded_tokens, self.epoch_after = padded_tokens, epoch_after
+        whole = np.floor(self.epoch_after + 1e-9)
+        self.epoch_ends = {int(i) + 1 for i in np.flatnonzero(np.diff(whole, prepend=0) > 0)} | {len(self)}
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def waste(self) -> float:
+        """Padded tokens over real tokens; 1 is no padding at all."""
+        return float(self.padded_tokens.sum() / (self.text_tokens + self.video_tokens).sum())
+
+
+class BatchPlan(Plan):
+    """Batches of (row, groups) that hold a budget of tokens.
 
     Each epoch draws a group count for each row and buckets the rows by the length that follows, both from the seed and
     the epoch's number alone. The plan does not depend on whether the model will see the video tokens.
@@ -188,7 +217,7 @@ class BatchPlan(Sampler[list[tuple[int, int]]]):
         if epochs <= 0:
             raise TrainingError(f"training.epochs is {epochs}: it must be above 0")
         self.groups = sorted(video_lengths)
-        self.batches: list[list[tuple[int, int]]] = []
+        planned: list[list[tuple[int, int]]] = []
         text, video, padded, epoch_of = [], [], [], []
         table = np.stack([video_lengths[g] for g in self.groups])
         rows_of_epoch = np.arange(len(text_lengths))
@@ -200,26 +229,12 @@ class BatchPlan(Sampler[list[tuple[int, int]]]):
             batches = bucket(lengths, tokens_per_step, rng)
             batches = batches[: math.ceil(min(1.0, epochs - epoch) * len(batches))]
             for i, rows in enumerate(batches):
-                self.batches.append([(int(r), self.groups[drawn[r]]) for r in rows])
+                planned.append([(int(r), self.groups[drawn[r]]) for r in rows])
                 text.append(int(text_lengths[rows].sum()))
                 video.append(int(video_now[rows].sum()))
                 padded.append(int(lengths[rows].max()) * len(rows))
                 epoch_of.append(epoch + (i + 1) / len(batches) * min(1.0, epochs - epoch))
-        self.text_tokens, self.video_tokens = np.array(text), np.array(video)
-        self.padded_tokens, self.epoch_after = np.array(padded), np.array(epoch_of)
-        whole = np.floor(self.epoch_after + 1e-9)
-        self.epoch_ends = {int(i) + 1 for i in np.flatnonzero(np.diff(whole, prepend=0) > 0)} | {len(self)}
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    @property
-    def waste(self) -> float:
-        """Padded tokens over real tokens; 1 is no padding at all."""
-        return float(self.padded_tokens.sum() / (self.text_tokens + self.video_tokens).sum())
+        super().__init__(planned, np.array(text), np.array(video), np.array(padded), np.array(epoch_of))
 
 
 def plan_batches(dataset: QADataset, features: Any, config: Any) -> BatchPlan:
@@ -394,11 +409,14 @@ def load_tensors(model: nn.Module, path: Path) -> None:
 class Recorder:
     """History of a run, a row for each step. Losses stay on the device until they are needed, to spare a sync."""
 
-    def __init__(self, plan: BatchPlan, video: bool, history: pd.DataFrame | None, seconds: float):
+    def __init__(
+        self, plan: Plan, tokens: np.ndarray, parts: Sequence[str], history: pd.DataFrame | None, seconds: float
+    ):
+        """`tokens`: real tokens of each step; `parts`: those of the model that have a learning rate of their own."""
         self.rows: list[dict[str, Any]] = [] if history is None else history.to_dict("records")
         self.pending: list[torch.Tensor] = []
         self.plan, self.before, self.began = plan, seconds, time.perf_counter()
-        self.tokens = plan.text_tokens + (plan.video_tokens if video else 0)
+        self.tokens, self.parts = tokens, list(parts)
 
     @property
     def seconds(self) -> float:
@@ -410,7 +428,7 @@ class Recorder:
         step = len(self.rows)
         self.pending.append(loss)
         row = {"step": step + 1, "epoch": float(self.plan.epoch_after[step]), "loss": math.nan, "eval_loss": math.nan}
-        rates = {f"lr_{part}": rates.get(part, 0.0) for part in PARTS}
+        rates = {f"lr_{part}": rates.get(part, 0.0) for part in self.parts}
         self.rows.append(row | rates | {"tokens": int(self.tokens[step]), "seconds": self.seconds})
 
     def flush(self, scaled: bool) -> None:
@@ -429,13 +447,13 @@ class Recorder:
         if not (any(finite) if scaled else all(finite)):
             bad = finite.index(False)
             raise TrainingError(
-                f"the loss became {losses[bad]} at step {first + bad + 1}. Lower training.learning_rate_* or raise "
-                "training.warmup_ratio; running again goes on from the last checkpoint, which is before this step."
+                f"the loss became {losses[bad]} at step {first + bad + 1}. Lower the learning rates or raise "
+                "the warm-up; running again goes on from the last checkpoint, which is before this step."
             )
 
     def table(self) -> pd.DataFrame:
         """The history so far, a row a step; eval_loss is NaN but at the ends of epochs, seconds are cumulative."""
-        columns = ["step", "epoch", "loss", "eval_loss", *(f"lr_{part}" for part in PARTS), "tokens", "seconds"]
+        columns = ["step", "epoch", "loss", "eval_loss", *(f"lr_{part}" for part in self.parts), "tokens", "seconds"]
         return pd.DataFrame(self.rows, columns=columns)
 
 
@@ -514,11 +532,38 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that `fit` needs besides the model: what is learnt from, in which order, and by which optimizer."""
+
+    dataset: Dataset
+    plan: Plan
+    collator: Callable[[Sequence[Any]], Any]
+    """Rows to a batch, or to a list of batches of which one step takes the mean loss (gradient accumulation)."""
+    identity: dict[str, Any]
+    """All that decides the run's result: a checkpoint of another one is refused."""
+    groups: list[dict[str, Any]]
+    """AdamW's parameter groups, each with its `part`, the name under which its learning rate is noted."""
+    tokens: np.ndarray
+    """Real tokens of each step."""
+    warmup: float
+    """Share of the steps in which the learning rates rise; they then fall along a half cosine to 0."""
+    max_grad_norm: float
+    """Gradients are clipped to this norm; 0: not at all."""
+    seed: int
+    checkpoint_minutes: float
+    log_steps: int
+    watched: list[Any] = field(default_factory=list)
+    """Batches whose mean loss is measured at the end of each epoch."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    gradient_checkpointing: bool = False
+
+
 class RunControl(TrainerCallback):
     """After each step: log, evaluate, and decide whether to save or to stop."""
 
-    def __init__(self, trainer: "AdapterTrainer", config: Any, ends: float, signals: list[int], evaluate: Any):
-        self.trainer, self.training, self.signals, self.evaluate = trainer, config.training, signals, evaluate
+    def __init__(self, trainer: "AdapterTrainer", job: Job, ends: float, signals: list[int], evaluate: Any):
+        self.trainer, self.training, self.signals, self.evaluate = trainer, job, signals, evaluate
         self.ends = ends  # on the clock of time.perf_counter
         probe = os.environ.get("SUITE_PROBE_STEPS")  # the runner measures the pace on so many steps
         self.last_step = len(trainer.recorder.rows) + int(probe) if probe else math.inf
@@ -548,25 +593,15 @@ class RunControl(TrainerCallback):
 
 
 class AdapterTrainer(Trainer):
-    """Trainer over a `BatchPlan`, with checkpoints of the trainable tensors only, written whole or not at all."""
+    """Trainer over a `Plan`, with checkpoints of the trainable tensors only, written whole or not at all."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: BatchPlan,
-        dataset: QADataset,
-        collator: Collator,
-        config: Any,
-        folder: Path,
-        identity: dict[str, Any],
-    ):
-        training = config.training
+    def __init__(self, model: nn.Module, job: Job, folder: Path):
         place, dtype = device(), compute_dtype(device())
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
             num_train_epochs=1,  # the plan holds all epochs
-            max_grad_norm=training.max_grad_norm,
-            seed=training.seed,
+            max_grad_norm=job.max_grad_norm,
+            seed=job.seed,
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,
             use_cpu=place.type == "cpu",
@@ -581,14 +616,19 @@ class AdapterTrainer(Trainer):
         # Setting up the devices counts the GPUs. More than one would mean DataParallel, which fails on 4-bit weights.
         if arguments.device.type == "cuda":
             arguments._n_gpu = 1
-        steps = len(plan)
+        steps = len(job.plan)
         fused = place.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(parameter_groups(model, training), fused=fused)
-        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(training.warmup_ratio * steps), steps)
-        super().__init__(model=model, args=arguments, train_dataset=dataset, optimizers=(optimizer, schedule))
+        optimizer = torch.optim.AdamW(job.groups, betas=job.betas, fused=fused)
+        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(job.warmup * steps), steps)
+        # The Trainer writes into a `config` as if it were Hugging Face's; AdemVL's is its own and frozen.
+        own = model.__dict__.pop("config", None)
+        super().__init__(model=model, args=arguments, train_dataset=job.dataset, optimizers=(optimizer, schedule))
+        if own is not None:
+            model.config = own
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the model's loss is the mean over its own answer tokens
-        self.plan, self.collator, self.folder, self.identity = plan, collator, folder, identity
+        self.plan, self.collator, self.folder, self.identity = job.plan, job.collator, folder, job.identity
+        self.pieces = 1  # batches that the present step takes the mean of
         self.recorder: Recorder | None = None
         self.display: LossDisplay | None = None
         self.writer: Any = None
@@ -599,10 +639,17 @@ class AdapterTrainer(Trainer):
         loader = DataLoader(self.train_dataset, batch_sampler=self.plan, collate_fn=self.collator, pin_memory=pin)
         return self.accelerator.prepare(loader)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass, noted in the history."""
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, as its share of the step's."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if self.pieces == 1 else loss / self.pieces
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass, or one for each of a list of batches, noted in the history."""
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        pieces = inputs if isinstance(inputs, list) else [inputs]
+        self.pieces = len(pieces)
+        loss = sum(super(AdapterTrainer, self).training_step(model, piece, num_items_in_batch) for piece in pieces)
         self.recorder.add(loss.detach(), rates)
         return loss
 
@@ -715,57 +762,86 @@ def train(
     Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
     of other settings or data, TrainingError if the loss diverges.
     """
-    folder, ends = Path(folder), time.perf_counter() + deadline
     model.check_features(features.encoder_key)
+    training, in_prompt = config.training, config.evaluation.options_in_prompt
+    dataset = QADataset(model, questions, options_in_prompt=in_prompt)
+    plan = plan_batches(dataset, features, config)
+    pad = model.tokenizer.pad_token_id
+    collator = Collator(features if model.video else None, pad if pad is not None else model.tokenizer.eos_token_id)
+    watched: list[Any] = []
+    if eval_questions is not None and len(eval_questions):
+        watched = _watched_batches(QADataset(model, eval_questions, options_in_prompt=in_prompt), features, config)
+    job = Job(
+        dataset=dataset,
+        plan=plan,
+        collator=collator,
+        identity=fingerprint(model, dataset, features, config),
+        groups=parameter_groups(model, training),
+        tokens=plan.text_tokens + (plan.video_tokens if model.video else 0),
+        warmup=training.warmup_ratio,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        checkpoint_minutes=training.checkpoint_minutes,
+        log_steps=training.log_steps,
+        watched=watched,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    return fit(model, job, folder, deadline=deadline, progress=progress, parts=tuple(PARTS))
+
+
+def fit(
+    model: nn.Module,
+    job: Job,
+    folder: Path | str,
+    *,
+    deadline: float = math.inf,
+    progress: bool = True,
+    parts: Sequence[str] = (),
+) -> TrainResult:
+    """Train what is trainable of `model` as `job` says, or go on with it; folder, deadline and signals as in `train`.
+
+    The model's forward takes a collated batch as keywords and returns a dict with `loss`. parts: names under which the
+    history notes learning rates (none given: those of the job's groups).
+    """
+    folder, ends = Path(folder), time.perf_counter() + deadline
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for left in (folder / "checkpoints").glob("saving-*"):
         shutil.rmtree(left)  # of a process that died while saving
-    in_prompt = config.evaluation.options_in_prompt
-    dataset = QADataset(model, questions, options_in_prompt=in_prompt)
-    plan = plan_batches(dataset, features, config)
-    identity = fingerprint(model, dataset, features, config)
-    found = find_checkpoint(folder / "checkpoints", identity)
+    plan = job.plan
+    found = find_checkpoint(folder / "checkpoints", job.identity)
     path, info = found if found else (None, {"seconds": 0.0, "step": 0})
     history = pd.read_parquet(path / HISTORY) if path else None
-    recorder = Recorder(plan, bool(model.video), history, info["seconds"])
+    parts = parts or list(dict.fromkeys(group["part"] for group in job.groups))
+    recorder = Recorder(plan, job.tokens, parts, history, info["seconds"])
 
     if path and info["step"] == len(plan):
         load_tensors(model, path)
     elif time.perf_counter() < ends:
-        pad = model.tokenizer.pad_token_id
-        collator = Collator(features if model.video else None, pad if pad is not None else model.tokenizer.eos_token_id)
-        if config.training.gradient_checkpointing:
+        if job.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        trainer = AdapterTrainer(model, plan, dataset, collator, config, folder, identity)
+        trainer = AdapterTrainer(model, job, folder)
         trainer.recorder = recorder
-        evaluate = None
-        if eval_questions is not None and len(eval_questions):
-            rows = QADataset(model, eval_questions, options_in_prompt=in_prompt)
-            evaluate = _evaluator(trainer, rows, features, config)
-        _run(trainer, path, config, ends, evaluate, progress, folder)
+        _run(trainer, path, job, ends, progress, folder)
     elif path:
         load_tensors(model, path)
     return _result(plan, recorder, info["seconds"])
 
 
-def _evaluator(trainer: AdapterTrainer, rows: QADataset, features: Any, config: Any) -> Callable[[], float]:
-    """A function that measures the mean loss on `rows` at the headline number of groups."""
+def _watched_batches(rows: QADataset, features: Any, config: Any) -> list[Any]:
+    """Batches of `rows` at the headline number of groups."""
     ids, groups = rows.gifs, config.evaluation.groups
     frames = np.asarray(features.lengths(ids, [groups] * len(ids)))
     lengths = {groups: video_tokens(config.connector, frames, config.encoder.frames_per_group)}
     budget = config.evaluation.batch_tokens
     plan = BatchPlan(rows.text_lengths, lengths, tokens_per_step=budget, epochs=1, seed=0)
-    batches = [[rows[key] for key in batch] for batch in plan]
-    # `model_wrapped` is the model as prepared by accelerate: it casts as the training step does.
-    return lambda: mean_loss(trainer.model_wrapped, trainer.model, map(trainer.collator, batches))
+    return [[rows[key] for key in batch] for batch in plan]
 
 
 def _run(
     trainer: AdapterTrainer,
     path: Path | None,
-    config: Any,
+    job: Job,
     ends: float,
-    evaluate: Callable[[], float] | None,
     progress: bool,
     folder: Path,
 ) -> None:
@@ -773,11 +849,13 @@ def _run(
     from torch.utils.tensorboard import SummaryWriter  # imports slowly
 
     done = len(trainer.recorder.rows)
+    # `model_wrapped` is the model as prepared by accelerate: it casts as the training step does.
+    evaluate = (lambda: mean_loss(trainer.model_wrapped, trainer.model, _pieces(job))) if job.watched else None
     trainer.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
     trainer.display = LossDisplay(len(trainer.plan), done) if progress else None
     try:
         with _stop_signals() as signals:
-            trainer.add_callback(RunControl(trainer, config, ends, signals, evaluate))
+            trainer.add_callback(RunControl(trainer, job, ends, signals, evaluate))
             trainer.recorder.began = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(path) if path else None)
     finally:
@@ -791,7 +869,14 @@ def _run(
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; saved, so running again goes on")
 
 
-def _result(plan: BatchPlan, recorder: Recorder, seconds: float) -> TrainResult:
+def _pieces(job: Job) -> Iterator[dict[str, Any]]:
+    """The watched batches, collated, one after another."""
+    for rows in job.watched:
+        batch = job.collator(rows)
+        yield from batch if isinstance(batch, list) else [batch]
+
+
+def _result(plan: Plan, recorder: Recorder, seconds: float) -> TrainResult:
     steps = len(recorder.rows)
     return TrainResult(
         status="complete" if steps == len(plan) else "partial",

@@ -5,7 +5,15 @@ import re
 import pytest
 import yaml
 
-from helpers.config import PROFILES, ConfigError, load_profile, parse_override, profile_keys, profile_names
+from helpers.config import (
+    ADEM_PRESETS,
+    PROFILES,
+    ConfigError,
+    load_profile,
+    parse_override,
+    profile_keys,
+    profile_names,
+)
 
 
 @pytest.mark.parametrize("name", ["tiny", "kaggle", "colab", "datacenter"])
@@ -19,8 +27,23 @@ def test_shipped_profiles_load_and_every_key_is_explained(name):
 def test_profiles_hold_every_key_of_the_schema():
     for name in profile_names():
         values = yaml.safe_load((PROFILES / f"{name}.yaml").read_text())
+        preset = yaml.safe_load((ADEM_PRESETS / f"{values['adem']['preset']}.yaml").read_text())
+        values["adem"] = preset | values["adem"]
         keys = {f"{section}.{key}" for section, part in values.items() if isinstance(part, dict) for key in part}
         assert keys | {"name"} == set(profile_keys())
+
+
+def test_presets_explain_every_key():
+    for path in ADEM_PRESETS.glob("*.yaml"):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert all("  # " in line for line in lines)
+        assert load_profile("tiny", {"adem.preset": path.stem}).adem.preset == path.stem
+
+
+def test_a_profile_without_the_adem_section_takes_the_tiny_preset(tmp_path):
+    path = tmp_path / "older.yaml"
+    path.write_text((PROFILES / "tiny.yaml").read_text().partition("\nadem:")[0])
+    assert load_profile(str(path)).adem == load_profile("tiny").adem
 
 
 def test_unknown_profile_names_the_nearest():

@@ -139,19 +139,15 @@ def views(scene: Scene) -> dict[int, list[list[int]]]:
     return found
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the world's texts; spells any text; the end token has the highest id, as X-CLIP needs."""
-    scenes, questions = make_world(PRETRAIN_SEED, 400, "tokens")
-    texts = [text for bank in BANKS.values() for text in bank] + questions["question"].tolist()
-    texts += [f" {answer}" for answer in questions["answer"]] + [narrate(np.random.default_rng(0), s) for s in scenes]
-    texts += [PROMPT.format(question=q) for q in questions["question"]]
-    words = [*COLORS, *SHAPES, *SHAPES.values(), *PLACES, *ACTIONS, *NUMBERS, *range(11), REST, "time", "times"]
-    texts += [f" {word}" for word in words] * 50
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocabulary` tokens learnt from `texts`; the end token has the highest id."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=767, special_tokens=["<pad>", "<bos>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 1, special_tokens=["<pad>", "<bos>"], initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(["<eos>"])
     return PreTrainedTokenizerFast(
@@ -161,6 +157,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the world's texts; spells any text; the end token has the highest id, as X-CLIP needs."""
+    scenes, questions = make_world(PRETRAIN_SEED, 400, "tokens")
+    texts = [text for bank in BANKS.values() for text in bank] + questions["question"].tolist()
+    texts += [f" {answer}" for answer in questions["answer"]] + [narrate(np.random.default_rng(0), s) for s in scenes]
+    texts += [PROMPT.format(question=q) for q in questions["question"]]
+    words = [*COLORS, *SHAPES, *SHAPES.values(), *PLACES, *ACTIONS, *NUMBERS, *range(11), REST, "time", "times"]
+    texts += [f" {word}" for word in words] * 50
+    return train_tokenizer(texts, 768)
 
 
 # X-CLIP -------------------------------------------------------------------------------------------------------------
@@ -242,19 +249,19 @@ def encode_groups(model: XCLIPModel, x: Tensor, mask: Tensor) -> tuple[Tensor, T
     return hidden, hidden.sum(1) / mask.sum(1, keepdim=True)
 
 
-def _rate(peak: float, step: int, done: float) -> float:
+def learning_rate(peak: float, step: int, done: float) -> float:
     """Learning rate after 200 steps of warm-up and a share `done` of a cosine to 1 % of the peak."""
     return peak * min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _optimizer(parameters, rate: float) -> torch.optim.Optimizer:
+def make_optimizer(parameters, rate: float) -> torch.optim.Optimizer:
     parameters = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05}]
     groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -264,7 +271,7 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None
     optimizer.step()
 
 
-class _Progress:
+class Progress:
     """Share of the CPU minutes that is spent, and a line with recent accuracies every so many steps."""
 
     def __init__(self, name: str, minutes: float, every: int) -> None:
@@ -286,8 +293,8 @@ class _Progress:
             )
 
 
-def _aspect_loss(
-    pictures: Tensor, bank: Tensor, targets: Tensor, scale: Tensor, progress: _Progress, aspect: str
+def aspect_loss(
+    pictures: Tensor, bank: Tensor, targets: Tensor, scale: Tensor, progress: Progress, aspect: str
 ) -> Tensor:
     keep = targets >= 0
     logits = scale * pictures[keep] @ bank.T
@@ -305,10 +312,10 @@ def train_frames(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
     for module in (model.vision_model, model.visual_projection, model.text_model, model.text_projection):
         module.requires_grad_(True)
     modules = (model.vision_model, model.visual_projection, model.text_model, model.text_projection)
-    optimizer = _optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
+    optimizer = make_optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
     aspects = ("subject", "items", "item color", "place", "state")
     static = [_static_targets(scene) for scene in scenes]
-    progress = _Progress("frames", minutes, 100)
+    progress = Progress("frames", minutes, 100)
     while progress.done < 1:
         count = int(rng.choice([1, 4, 16], p=[0.5, 0.3, 0.2]))
         picked = [(int(i), int(rng.integers(len(gifs[i])))) for i in rng.integers(len(scenes), size=batch)]
@@ -326,8 +333,8 @@ def train_frames(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
         pictures, banks = F.normalize(pictures.float(), dim=-1), banks.float()
         scale, loss = model.logit_scale.exp().clamp(max=100), 0.0
         for aspect, bank in zip(aspects, banks.split([len(BANKS[a]) for a in aspects]), strict=True):
-            loss = loss + _aspect_loss(pictures, bank, torch.tensor(targets[aspect]), scale, progress, aspect)
-        _update(optimizer, loss, _rate(rate, progress.step, progress.done))
+            loss = loss + aspect_loss(pictures, bank, torch.tensor(targets[aspect]), scale, progress, aspect)
+        update(optimizer, loss, learning_rate(rate, progress.step, progress.done))
         progress.advance(loss)
 
 
@@ -387,13 +394,13 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
     model.vision_model.requires_grad_(False)
     model.visual_projection.requires_grad_(False)
     modules = (model.mit, model.text_model, model.text_projection)
-    optimizer = _optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
+    optimizer = make_optimizer([p for m in modules for p in m.parameters()] + [model.logit_scale], rate)
     static = [_static_targets(scene) for scene in scenes]
     cuts = [[g for view in views(scene).values() for g in view] for scene in scenes]
     bank_of = BANKS | LOOKS
     aspects = ("subject", "items", "item color", "place", "shape", "color", "item shape", "count", "order")
     names, times = list(ACTIONS), len(TIMES)
-    progress = _Progress("motion", minutes, 200)
+    progress = Progress("motion", minutes, 200)
     while progress.done < 1:
         owners = rng.integers(len(scenes), size=batch)
         x, masks = torch.zeros(batch, FRAMES, model.config.projection_dim), torch.zeros(batch, FRAMES, dtype=torch.bool)
@@ -412,7 +419,7 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
         tokens, pictures = F.normalize(tokens.float(), dim=-1), F.normalize(pictures.float(), dim=-1)
         banks, of_steps = banks.float().split([len(texts), len(STEPS)])
         scale = model.logit_scale.exp().clamp(max=100)
-        loss = _aspect_loss(tokens.flatten(0, 1), of_steps, steps.flatten(), scale, progress, "step")
+        loss = aspect_loss(tokens.flatten(0, 1), of_steps, steps.flatten(), scale, progress, "step")
         for aspect, bank in zip(aspects, banks.split([len(bank_of[a]) for a in aspects]), strict=True):
             if aspect == "count":
                 # For each action that occurs, and one that does not: its count against the other counts; and for the
@@ -443,8 +450,8 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
                 target = [static[owner][aspect] for owner in owners]
                 if aspect in ("subject", "shape", "color"):
                     target = [-1 if unseen else t for unseen, t in zip(hidden, target, strict=True)]
-            loss = loss + _aspect_loss(pictures, bank, torch.tensor(target), scale, progress, aspect)
-        _update(optimizer, loss, _rate(rate, progress.step, progress.done))
+            loss = loss + aspect_loss(pictures, bank, torch.tensor(target), scale, progress, aspect)
+        update(optimizer, loss, learning_rate(rate, progress.step, progress.done))
         progress.advance(loss)
 
 
@@ -660,8 +667,8 @@ def new_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def train_language_model(model, tokenizer, minutes: float, seed: int, rate: float, batch: int = 32) -> None:
     """Language modelling of stories, and above all of the answers to questions about them."""
-    optimizer = _optimizer(model.parameters(), rate)
-    progress = _Progress("text", minutes, 100)
+    optimizer = make_optimizer(model.parameters(), rate)
+    progress = Progress("text", minutes, 100)
     # To count "slide left" where the subject also slides right is the hardest to learn, and such scenes are rare.
     for packed in lm_batches(tokenizer, seed, batch, LM_STYLES, looks=0.5, apart=0.05, every_count=True):
         with torch.autocast("cpu", torch.bfloat16):
@@ -675,7 +682,7 @@ def train_language_model(model, tokenizer, minutes: float, seed: int, rate: floa
                 weight[row, start : start + length] = LM_WEIGHTS.get(kind, 1.0)
         weight = weight[:, 1:].flatten()
         loss = (losses * weight).sum() / weight.sum()
-        _update(optimizer, loss, _rate(rate, progress.step, progress.done))
+        update(optimizer, loss, learning_rate(rate, progress.step, progress.done))
         for kind, right in lm_accuracy(logits.detach(), packed).items():
             progress.note(kind, torch.tensor(right))
         progress.advance(loss)

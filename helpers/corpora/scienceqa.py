@@ -96,6 +96,23 @@ def load(folder: str | Path, splits: Sequence[str] = SPLITS, captions: bool = Fa
     return ScienceQA(problems.astype({"answer": "int64", "grade": "int64"}), reject_table(rejects))
 
 
+def find_attached(inputs: str | Path) -> Path:
+    """The folder below `inputs` that holds problems.json and pid_splits.json, whatever it is called.
+
+    Raises `CorpusError` if there is none, or more than one.
+    """
+    files = sorted(Path(inputs).glob("**/problems.json"))
+    found = [path.parent for path in files if (path.parent / "pid_splits.json").is_file()]
+    if len(found) == 1:
+        return found[0]
+    listed = f"several: {', '.join(map(str, found))}" if found else "none"
+    raise CorpusError(
+        f"ScienceQA is wanted, and of folders with problems.json and pid_splits.json below {inputs} there are {listed}."
+        " Attach one, or name your copy: -p data FOLDER. The JSON files are in data/scienceqa of"
+        " github.com/lupantech/ScienceQA; its tools/download.sh fetches images/train, images/val and images/test."
+    )
+
+
 def read_records(path: str | Path) -> dict[str, dict[str, Any]]:
     """problems.json as it is: problem id -> record. Raises `CorpusError` if it is not an object of objects."""
     records = read_json(path)

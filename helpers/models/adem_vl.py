@@ -327,6 +327,7 @@ class AdemVL(nn.Module):
             self.thresholds = nn.Parameter(torch.full((config.llm_config.num_hidden_layers,), start))
         self._visual: _Visual | None = None
         self._encoding = False
+        self._noted: list[Tensor] | None = None  # scores [B, S, V] of each block, where someone asks for them
         self._install_hooks()
 
     @classmethod
@@ -440,6 +441,8 @@ class AdemVL(nn.Module):
             scores = fuse_softly(scores, self.thresholds[index])
         else:
             scores = fuse(scores, config.dropped)
+        if self._noted is not None:
+            self._noted.append(scores)
         scores = F.dropout(scores, config.cross_attention_dropout, self.training)
         result = config.alpha * (scores @ visual.values.to(query.dtype))
         if self.training and config.layer_dropout:
@@ -621,6 +624,29 @@ class AdemVL(nn.Module):
             hidden = self._hidden(input_ids, attention_mask, self._look(pixel_values, has_image, cls_position))
             last = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=hidden.device)).argmax(1)
             return self._logits(hidden[torch.arange(len(last), device=hidden.device), last])
+
+    def contributions(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        has_image: Tensor | None = None,
+        cls_position: Tensor | None = None,
+    ) -> Tensor:
+        """How much each visual position adds to the last column: [B, V], arguments as in `forward`, padding left.
+
+        The length of alpha * score * value (section 3.2 of the paper) after adaptive fusion, mean over blocks.
+        """
+        with self._inference():
+            has_image, cls_position = self._check(input_ids, pixel_values, has_image, cls_position)
+            visual = self._look(pixel_values, has_image, cls_position)
+            self._noted = []
+            try:
+                self._hidden(input_ids, attention_mask, visual)
+                scores = torch.stack([block[:, -1] for block in self._noted]).float()
+            finally:
+                self._noted = None
+            return self.config.alpha * scores.abs().mean(0) * visual.values.float().norm(dim=-1)
 
     def generate(
         self,

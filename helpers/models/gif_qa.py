@@ -591,7 +591,7 @@ class GifQAModel(nn.Module):
         example {"metrics": {...}}). Raises ValueError when `info` has a key that the bundle itself writes.
         """
         folder = Path(folder)
-        profile = self.profile.model_dump(mode="json")
+        profile = self.profile.model_dump(mode="json", exclude={"adem"})
         for section in ("language_model", "encoder"):
             profile[section]["model"] = portable_name(profile[section]["model"])
         facts = {"format": BUNDLE_FORMAT, "video": self.video, **copy.deepcopy(self.base), "profile": profile}

@@ -5,46 +5,19 @@ Run alone with `python -m tests.benchmarks.bench_adem`.
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig
 
-from helpers.models.adem_vl import AdemVL, AdemVLConfig, Projector, _Visual
+from helpers.models.adem_vl import AdemVL, AdemVLConfig, _Visual
+from helpers.step_cost import kept_bytes, seconds, step_cost
 
 ROUNDS = 5
 # A training step of the paper in its own shapes, but for the number of blocks: 2 rows of ScienceQA's usual length
 ROWS, TEXT, WIDTH, BLOCKS = 2, 160, 4096, 4
-
-
-def kept_bytes(forward: Callable[[], Tensor], resident: Iterable[Tensor]) -> int:
-    """Bytes of the tensors that a forward keeps for its backward, each storage once and `resident` tensors not at all.
-
-    Those are there in any case: weights, above all.
-    """
-    found: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()  # alive while the storages are counted, so that no address is used twice
-    del result
-    there = {tensor.untyped_storage().data_ptr() for tensor in resident}
-    return sum(size for address, size in found.items() if address not in there)
-
-
-def seconds(step: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 # ---- Cross-attention -----------------------------------------------------------------------------------------------
@@ -131,69 +104,13 @@ def cross_attention() -> list[dict]:
 # ---- Against LoRA with the image as input tokens -------------------------------------------------------------------
 
 
-class PrefixLoRA(nn.Module):
-    """The usual way: every patch is projected to a token in front of the text, and LoRA adapts the language model."""
-
-    def __init__(self, llama: LlamaConfig, encoder: AdemVL) -> None:
-        super().__init__()
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        self.language_model = get_peft_model(LlamaForCausalLM(llama), lora)
-        self.see = encoder.visual_features
-        self.projector = Projector(encoder.config.vision_config.hidden_size, 128, llama.hidden_size)
-
-    def forward(self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor, **_: Tensor) -> dict[str, Tensor]:
-        """Loss of the answers, of logits at answer positions alone, as ADEM-VL computes it."""
-        with torch.no_grad():
-            patches, _ = self.see(pixel_values)
-        base = self.language_model.get_base_model()
-        tokens = torch.cat([self.projector(patches), base.get_input_embeddings()(input_ids)], dim=1)
-        hidden = base.model(inputs_embeds=tokens, use_cache=False).last_hidden_state[:, patches.shape[1] :]
-        answers = labels[:, 1:] != -100
-        logits = base.lm_head(hidden[:, :-1][answers])
-        return {"loss": F.cross_entropy(logits, labels[:, 1:][answers])}
-
-
 def against_lora() -> list[dict]:
-    """A training step (forward, backward, AdamW) of both on the same batch and base models.
-
-    LoRA's encoder is frozen; ADEM-VL also goes back through its encoder, where its adapters are.
-    """
-    torch.manual_seed(0)
-    llama = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8
-    )
-    clip = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
-    clip.image_size, clip.patch_size = 224, 14
-    adem = AdemVL(AdemVLConfig(llama, clip)).train()
-    lora = PrefixLoRA(llama, AdemVL(AdemVLConfig(llama, clip))).train()
-    ids = torch.randint(0, 512, (ROWS, TEXT))
-    labels = torch.full_like(ids, -100)
-    labels[:, -7:] = ids[:, -7:]
-    batch = {
-        "input_ids": ids,
-        "labels": labels,
-        "pixel_values": torch.randn(ROWS, 3, 224, 224),
-        "cls_position": torch.full((ROWS,), 4),
-    }
-    steps, sizes, counts = {}, {}, {}
-    for name, model in (("lora", lora), ("adem", adem)):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
-
-        def step(model=model, optimizer=optimizer) -> None:
-            optimizer.zero_grad()
-            model(**batch)["loss"].backward()
-            optimizer.step()
-
-        step()
-        steps[name], sizes[name] = step, kept_bytes(lambda model=model: model(**batch)["loss"], model.parameters())
-        counts[name] = sum(p.numel() for p in trained)
-    took = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            took[name].append(seconds(step))
-    ratios = sorted(a / b for a, b in zip(took["lora"], took["adem"], strict=True))
-    setting = f"Llama of hidden {llama.hidden_size}, {llama.num_hidden_layers} blocks; {ROWS} x {TEXT} text tokens"
+    """A training step of both on the same batch and base models: time and memory."""
+    hidden, blocks = 512, 6
+    costs = step_cost(hidden, blocks, ROWS, TEXT, ROUNDS)
+    ratios = sorted(a / b for a, b in zip(costs.loc["lora", "rounds"], costs.loc["adem", "rounds"], strict=True))
+    setting = f"Llama of hidden {hidden}, {blocks} blocks; {ROWS} x {TEXT} text tokens"
+    counts = costs["trained"].astype(int).to_dict()
     common = {"setting": f"{setting}, 256 patches as tokens or 320 visual positions, fp32", "trained": counts}
     return [
         {
@@ -202,15 +119,15 @@ def against_lora() -> list[dict]:
             "aim": ">= 1.2",
             "unit": "x time, higher is better",
             "rounds": [round(ratio, 2) for ratio in ratios],
-            "milliseconds": {name: round(1e3 * statistics.median(values)) for name, values in took.items()},
+            "milliseconds": costs["milliseconds"].round().to_dict(),
             **common,
         },
         {
             "name": "memory kept for the backward pass: LoRA with 256 image tokens over ADEM-VL",
-            "ratio": round(sizes["lora"] / sizes["adem"], 3),
+            "ratio": round(costs.loc["lora", "megabytes"] / costs.loc["adem", "megabytes"], 3),
             "aim": ">= 1",
             "unit": "x bytes, higher is better",
-            "megabytes": {name: round(size / 1e6, 1) for name, size in sizes.items()},
+            "megabytes": costs["megabytes"].round(1).to_dict(),
             **common,
         },
     ]

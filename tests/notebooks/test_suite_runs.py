@@ -12,7 +12,8 @@ import pytest
 from helpers.workspace import repo_root
 
 SMALL = ["-p", "training.epochs", "0.5", "-p", "evaluation.bootstrap", "50", "-p", "data.workers", "1"]
-DONE_ONCE = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
+SMALL += ["-p", "adem.world_train", "64", "-p", "adem.world_test", "30", "-p", "adem.epochs", "1"]
+DONE_ONCE = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation", "05_adem_scienceqa"]
 STAGES = ["00_start_here", *DONE_ONCE, "08_demo"]
 
 
@@ -47,6 +48,15 @@ def test_scores_of_every_task_beside_every_baseline(runs):
     assert len(predictions) == 20 * 7
     frameqa = predictions[predictions["task"] == "frameqa"]
     assert metrics["frameqa_accuracy"] == pytest.approx((frameqa["prediction"] == frameqa["answer"]).mean())
+
+
+def test_adem_vl_is_scored_on_diagrams_beside_every_baseline(runs):
+    metrics = manifest(runs, "small", "05_adem_scienceqa")["metrics"]
+    assert {f"{system}accuracy" for system in ("", "likelihood_", "text_only_", "shuffled_")} <= set(metrics)
+    predictions = pd.read_parquet(runs / "small" / "05_adem_scienceqa" / "predictions.parquet")
+    assert len(predictions) == 30 and predictions["pid"].is_unique
+    right = (predictions["prediction"] == predictions["answer"]).mean()
+    assert metrics["accuracy"] == pytest.approx(100 * right, abs=0.01)
 
 
 def test_executed_notebooks_end_with_a_picture_and_a_table_and_no_warning(runs):

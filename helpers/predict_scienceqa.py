@@ -1,0 +1,332 @@
+"""What a trained ADEM-VL answers to ScienceQA, beside baselines, as one table; and where it looks.
+
+Answers are read in two ways: the letter that the model writes after "The answer is" (the official way: the likeliest
+token of the whole vocabulary), and the likeliest of the choices' letters. A written answer that is no letter of a
+choice is wrong; nothing is ever guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from helpers.config import AdemConfig
+from helpers.corpora.scienceqa import ANSWER_START, LETTERS, prompt, protocol
+from helpers.models.adem_vl import AdemVL, AdemVLConfig, letter_tokens
+from helpers.scoring_scienceqa import (
+    GROUPS,
+    WRONG,
+    choice_index,
+    first_capital,
+    first_choice,
+    gold_of,
+    majority,
+    score,
+    wilson_interval,
+)
+from helpers.training_scienceqa import (
+    Images,
+    ablation_rows,
+    batch_of,
+    build_model,
+    changed,
+    encode_problems,
+    grid_of,
+    padding_token,
+    train_adem,
+)
+from helpers.workspace import DeadlineReached
+
+STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+"""97.5 % points of Student's t with 1, 2, ... degrees of freedom."""
+
+ANSWER_COLUMNS = ["scores", "generated", "prediction", "likeliest"]
+SYSTEMS = {
+    "": "model, written letter",
+    "likelihood": "model, likeliest choice",
+    "text_only": "text-only twin",
+    "shuffled": "model, shuffled images",
+    "first_choice": "first choice",
+    "majority": "majority",
+}
+"""Prefix of a system's columns in the table of predictions -> how it is called."""
+
+PUBLISHED = {
+    "paper, LLaMA-7B (20 epochs)": (95.52, 95.39, 89.18, 95.36, 93.95, 90.94, 93.87, 93.80, 93.85),
+    "paper, LLaMA-13B (20 epochs)": (96.00, 94.94, 91.27, 95.45, 93.95, 93.03, 94.46, 94.73, 94.55),
+    "released weights, run by the student": (*(math.nan,) * 8, 93.61),
+    "student, 5 epochs": (*(math.nan,) * 8, 85.81),
+    "student, batch 4 x 8, decay 0.01": (*(math.nan,) * 8, 86.4),
+    "student, adapter width 16": (*(math.nan,) * 8, 88.4),
+}
+"""Published accuracies (%) on ScienceQA's 4,241 test problems: the subgroups and the average."""
+
+
+# ---- Answers -------------------------------------------------------------------------------------------------------
+
+
+def predict(
+    model: AdemVL,
+    problems: pd.DataFrame,
+    config: AdemConfig,
+    *,
+    blind: bool = False,
+    images: Mapping[str, str] | None = None,
+    deadline: float = math.inf,
+    description: str = "answers",
+) -> pd.DataFrame:
+    """One row a problem, in order: pid and `ANSWER_COLUMNS`.
+
+    scores: log-probability of each choice's letter among the whole vocabulary; generated: the written token's text;
+    prediction: index of its letter, `WRONG` if it is none of the choices'; likeliest: index of the best score.
+    A problem that is too long has no scores and an empty text, and both answers are `WRONG`.
+    blind: problems are shown without their images. images: other images by pid (see `shuffle_images`). deadline: in
+    seconds from now; DeadlineReached is raised when it has passed.
+    """
+    ends = time.perf_counter() + deadline
+    encoded, _ = encode_problems(model, problems, config, answers=False, blind=blind)
+    paths = [(images or {}).get(row.pid, row.image) if not blind else "" for row in problems.itertuples()]
+    pixels = Images(model.config.vision_config.image_size, config.normalisation)
+    rows = problems.to_dict("records")
+    last = prompt(rows[0], protocol(config.protocol).evaluation) + ANSWER_START
+    letters = letter_tokens(model.tokenizer, last, LETTERS)
+    order = sorted((i for i, sample in enumerate(encoded) if sample), key=lambda i: -len(encoded[i].input_ids))
+    answers: list[tuple[list[float], str, int, int]] = [([], "", WRONG, WRONG)] * len(rows)
+    size = config.evaluation_batch
+    for start in tqdm(range(0, len(order), size), desc=description, unit="batch", mininterval=2.0):
+        if time.perf_counter() > ends:
+            raise DeadlineReached("the deadline has passed while problems were answered; run again to go on")
+        chosen = order[start : start + size]
+        batch = batch_of([(encoded[i], paths[i]) for i in chosen], pixels, padding_token(model), left=True)
+        del batch["labels"]
+        logits = model.next_logits(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        scores = logits.log_softmax(-1)[:, letters].cpu()
+        for i, written, row in zip(chosen, logits.argmax(-1).tolist(), scores.tolist(), strict=True):
+            text, count = model.tokenizer.decode([written]), len(rows[i]["choices"])
+            best = int(np.argmax(row[:count]))
+            answers[i] = (row[:count], text, choice_index(first_capital(text), count), best)
+    return pd.DataFrame(
+        [(row["pid"], *a) for row, a in zip(rows, answers, strict=True)], columns=["pid", *ANSWER_COLUMNS]
+    )
+
+
+def shuffle_images(problems: pd.DataFrame, seed: int) -> dict[str, str]:
+    """pid -> the image of another problem: of one with the same skill, where there is another, else of any other.
+
+    A random cyclic order within each skill, so that every image is shown once and none at its own problem.
+    """
+    seen = problems[problems["image"] != ""]
+    rng = np.random.default_rng(seed)
+    sizes = seen.groupby("skill")["pid"].transform("size")
+    groups = [group for _, group in seen[sizes > 1].groupby("skill", sort=True)]
+    found: dict[str, str] = {}
+    for group in [*groups, seen[sizes == 1]]:
+        order = rng.permutation(len(group))
+        pids, paths = group["pid"].to_numpy()[order], group["image"].to_numpy()[order]
+        found |= dict(zip(pids.tolist(), np.roll(paths, 1).tolist(), strict=True))
+    return found
+
+
+def join_predictions(test: pd.DataFrame, train: pd.DataFrame, answers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The table of predictions, one row a problem: what it is, and what every system answered.
+
+    answers: tables of `predict` by system ("" is the model). Columns: pid, question, choices, answer (index), image
+    and hint (bool), subject, grade, skill; `ANSWER_COLUMNS` with the system's name and "_" in front; and the
+    baselines' `first_choice_prediction` and `majority_prediction`.
+    """
+    gold = gold_of(test)
+    table = test[["pid", "question", "choices", "answer", "subject", "grade", "skill"]].reset_index(drop=True)
+    table = table.assign(image=(test["image"] != "").to_numpy(), hint=(test["hint"] != "").to_numpy())
+    for system, answered in answers.items():
+        if answered["pid"].tolist() != table["pid"].tolist():
+            raise ValueError(f"the answers of {system or 'the model'!r} are to other problems than the test's")
+        for column in ANSWER_COLUMNS:
+            table[f"{system}_{column}".lstrip("_")] = answered[column].to_numpy()
+    for name, baseline in (("first_choice", first_choice(gold)), ("majority", majority(gold_of(train).values(), gold))):
+        table[f"{name}_prediction"] = [baseline[pid] for pid in table["pid"]]
+    return table
+
+
+# ---- Scores --------------------------------------------------------------------------------------------------------
+
+
+def _answered(predictions: pd.DataFrame, system: str) -> dict[str, int]:
+    column = "likeliest" if system == "likelihood" else f"{system}_prediction".lstrip("_")
+    return dict(zip(predictions["pid"], predictions[column].astype(int), strict=True))
+
+
+def systems_in(predictions: pd.DataFrame) -> list[str]:
+    """The systems of `SYSTEMS` that a table of predictions has."""
+    return [name for name in SYSTEMS if name == "likelihood" or f"{name}_prediction".lstrip("_") in predictions]
+
+
+def chance(predictions: pd.DataFrame) -> float:
+    """Accuracy (%) of a random choice."""
+    return 100 * float(np.mean([1 / len(choices) for choices in predictions["choices"]]))
+
+
+def scores(predictions: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """System -> `scoring_scienceqa.score` of its answers, from the table of predictions alone."""
+    gold = gold_of(predictions)
+    return {system: score(_answered(predictions, system), gold) for system in systems_in(predictions)}
+
+
+def split_by_image(predictions: pd.DataFrame) -> dict[str, dict[str, tuple[int, int, float, float]]]:
+    """System -> "image" (problems with one), "text" (without), "all" -> correct, total, and 95 % interval (%)."""
+    with_image = predictions["image"].to_numpy(dtype=bool)
+    parts = {"image": with_image, "text": ~with_image, "all": np.ones_like(with_image)}
+    found: dict[str, dict[str, tuple[int, int, float, float]]] = {}
+    for system in systems_in(predictions):
+        given = _answered(predictions, system)
+        right = np.array([given[row.pid] == row.answer for row in predictions.itertuples()])
+        counts = {part: (int(right[rows].sum()), int(rows.sum())) for part, rows in parts.items()}
+        found[system] = {part: (*count, *wilson_interval(*count)) for part, count in counts.items() if count[1]}
+    return found
+
+
+def result_table(scored: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Accuracies (%) by subgroup: a row a system of this run, then the published ones."""
+    rows = {
+        SYSTEMS[name]: [*(values.get(g, math.nan) for g in GROUPS), values["accuracy"]]
+        for name, values in scored.items()
+    }
+    rows |= {name: list(values) for name, values in PUBLISHED.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*GROUPS, "average"])
+
+
+def flat_metrics(scored: Mapping[str, Mapping[str, Any]], predictions: pd.DataFrame) -> dict[str, float]:
+    """Numbers of a run by name: accuracy and every subgroup (%), the systems' names in front of all but the model's."""
+    found = {
+        f"{system}_{name}".lstrip("_"): value
+        for system, values in scored.items()
+        for name, value in values.items()
+        if name in ("accuracy", "correct", "total", "failed") or name in GROUPS
+    }
+    seen = predictions[predictions["image"].astype(bool)]
+    return found | ({"chance_IMG": chance(seen)} if len(seen) else {})
+
+
+def parameter_comparison(model: AdemVL) -> pd.DataFrame:
+    """Trained parameters by part: of `model`, and of the paper's LLaMA-7B with CLIP ViT-L/14."""
+    with torch.device("meta"):
+        llama = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+        size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        vision = CLIPVisionConfig(**size, image_size=224, patch_size=14)
+        paper = AdemVL(AdemVLConfig(llama, vision))
+    columns: dict[str, dict[str, int]] = {}
+    for name, one in (("this run", model), ("paper, LLaMA-7B", paper)):
+        columns[name] = {}
+        for tensor_name, tensor in one.adapter_tensors().items():
+            part = tensor_name.split(".")[0]
+            columns[name][part] = columns[name].get(part, 0) + tensor.numel()
+    table = pd.DataFrame(columns).fillna(0).astype(int)
+    table.loc["total"] = table.sum()
+    return table
+
+
+# ---- Ablations -----------------------------------------------------------------------------------------------------
+
+
+def run_ablation(
+    name: str,
+    train: pd.DataFrame,
+    test: pd.DataFrame,
+    config: AdemConfig,
+    folder: Path | str,
+    *,
+    seeds: int = 3,
+    deadline: float = math.inf,
+) -> pd.DataFrame:
+    """Train and score every row of an ablation with several seeds: row, seed, accuracy, image (%), parameters, seconds.
+
+    One that is finished is kept in `folder`, so that a killed run goes on. Raises DeadlineReached when the deadline (in
+    seconds from now) has passed, ValueError for an unknown ablation.
+    """
+    ends, folder = time.perf_counter() + deadline, Path(folder)
+    found = []
+    for label, values in ablation_rows(name, grid_of(config)).items():
+        for seed in range(seeds):
+            own = changed(config, values | {"seed": seed})
+            place = folder / f"{label.replace(' ', '_').replace('+', 'plus')}-{seed}"
+            model = build_model(own)
+            result, _ = train_adem(model, train, own, place, deadline=ends - time.perf_counter(), progress=False)
+            if result.status != "complete":
+                raise DeadlineReached(f"the deadline has passed at {label!r}, seed {seed}; run again to go on")
+            part = place / "predictions.parquet"
+            if not part.is_file():
+                answers = predict(model, test, own, deadline=ends - time.perf_counter(), description=f"{label}, {seed}")
+                join_predictions(test, train, {"": answers}).to_parquet(part.with_suffix(".tmp"))
+                part.with_suffix(".tmp").rename(part)
+            scored = scores(pd.read_parquet(part))[""]
+            found.append(
+                {
+                    "row": label,
+                    "seed": seed,
+                    "accuracy": scored["accuracy"],
+                    "image": scored.get("IMG", math.nan),
+                    "parameters": sum(t.numel() for t in model.adapter_tensors().values()),
+                    "seconds": result.seconds,
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row an ablation's row: mean over seeds of accuracy and image accuracy (%), with Student's 95 % intervals."""
+    rows = []
+    for label, part in runs.groupby("row", sort=False):
+        row: dict[str, Any] = {"row": label, "seeds": len(part), "parameters": int(part["parameters"].iloc[0])}
+        for measure in ("accuracy", "image"):
+            middle, half = mean_interval(part[measure].to_numpy())
+            row |= {measure: middle, f"{measure}_low": middle - half, f"{measure}_high": middle + half}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t; infinite for a single value."""
+    if len(values) < 2:
+        return float(values.mean()), math.inf
+    freedom = len(values) - 1
+    z = NormalDist().inv_cdf(0.975)
+    # Beyond the table Fisher's expansion in 1 / degrees of freedom is exact to three digits.
+    wide = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else wide
+    return float(values.mean()), quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+# ---- Where it looks ------------------------------------------------------------------------------------------------
+
+
+def attended(model: AdemVL, problem: Mapping[str, Any], config: AdemConfig) -> np.ndarray:
+    """How much each patch adds to the answer's position: [grid, grid], summing to 1, over all blocks and scales.
+
+    A visual position adds alpha * score * value (section 3.2 of the paper); what counts is the length of that vector
+    with the image, the positions of a coarser scale spread evenly over their patches. Raises ValueError for a problem
+    without an image.
+    """
+    if not problem["image"]:
+        raise ValueError(f"problem {problem['pid']} has no image to look at")
+    encoded, _ = encode_problems(model, pd.DataFrame([problem]), config, answers=False)
+    pixels = Images(model.config.vision_config.image_size, config.normalisation)
+    batch = batch_of([(encoded[0], problem["image"])], pixels, padding_token(model), left=True)
+    weights = model.contributions(**{name: t.to(model.device) for name, t in batch.items() if name != "labels"})[0]
+    grid, start = model.config.grid, 0
+    total = np.zeros((grid, grid))
+    for scale in model.config.scales:
+        side = math.isqrt(scale)
+        part = weights[start : start + scale].view(side, side).double().cpu().numpy()
+        times = grid // side
+        total += np.kron(part, np.ones((times, times))) / times**2
+        start += scale
+    return total / total.sum()

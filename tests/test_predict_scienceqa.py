@@ -1,0 +1,274 @@
+"""Answers, baselines, tables and ablations of ADEM-VL on ScienceQA, against counts by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from helpers import predict_scienceqa as answering
+from helpers import training_scienceqa as science
+from helpers.assets.make_tiny import train_tokenizer
+from helpers.config import load_profile
+from helpers.corpora import diagrams
+from helpers.corpora.scienceqa import PromptStyle, load, prompt
+from helpers.models.adem_vl import collate, encode, image_tensor
+from helpers.scoring_scienceqa import WRONG
+from helpers.workspace import DeadlineReached
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The tiny profile on random backbones, with a tokenizer in which each of " A" to " E" is a token."""
+    folder, language = tmp_path_factory.mktemp("tiny-clip"), tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**size, image_size=64, patch_size=8)).save_pretrained(folder)
+    tokenizer = train_tokenizer([" A B C D E Question: Context: Options: Response:The answer is"] * 5, 340)
+    tokenizer.save_pretrained(language)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    llama = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, initializer_range=0.2, **sizes, **ids)
+    LlamaForCausalLM(llama).save_pretrained(language)
+    own = {"language_model": str(language), "vision_model": str(folder), "batch_size": 4, "evaluation_batch": 5}
+    own |= {"projector_dim": 8, "adapter_dim": 2, "max_tokens": 400, "epochs": 1, "warmup_epochs": 0.5}
+    return load_profile("tiny", {f"adem.{key}": value for key, value in own.items()}).adem
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    folder = diagrams.write(tmp_path_factory.mktemp("d") / "w", seed=2, train=12, val=1, test=40)
+    return load(folder, splits=("train", "test"), captions=True).problems
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    """A model whose answers depend on the image, unlike those of a fresh one."""
+    model = science.build_model(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.adapter_tensors().values():
+            tensor.normal_(0, 0.5, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def test_rows(problems):
+    return problems[problems["split"] == "test"].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def answers(model, config, test_rows):
+    return answering.predict(model, test_rows, config)
+
+
+def test_answers_are_those_of_every_problem_alone(model, config, test_rows, answers):
+    """Batches, padding and order change nothing: each problem by itself, its logits read by hand."""
+    tokenizer = model.tokenizer
+    assert answers["pid"].tolist() == test_rows["pid"].tolist()
+    for row, answer in zip(test_rows.to_dict("records"), answers.to_dict("records"), strict=True):
+        text = prompt(row, PromptStyle("QCM-A")) + "The answer is"
+        sample = encode(tokenizer, text, has_image=bool(row["image"]))
+        pixels = science.open_image(row["image"]) if row["image"] else None
+        batch = collate([sample], image_tensor(pixels, 64)[None] if row["image"] else None, 0)
+        del batch["labels"]
+        with torch.no_grad():
+            logits = model(**batch)["logits"][0, -1]
+        letters = [tokenizer(f"is {c}", add_special_tokens=False).input_ids[-1] for c in "ABCDE"[: len(row["choices"])]]
+        expected = logits.log_softmax(-1)[letters]
+        assert answer["scores"] == pytest.approx(expected.tolist(), abs=1e-3)
+        assert answer["likeliest"] == int(expected.argmax())
+        written = tokenizer.decode([int(logits.argmax())])
+        assert answer["generated"] == written
+        capitals = [c for c in written if c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+        index = "ABCDE".find(capitals[0]) if capitals else -1
+        assert answer["prediction"] == (index if 0 <= index < len(row["choices"]) else WRONG)
+
+
+def test_a_problem_that_is_too_long_is_wrong_and_not_cut(model, config, test_rows, answers):
+    long = test_rows.copy()
+    long.at[4, "hint"] = "word " * 500
+    found = answering.predict(model, long, config)
+    assert found.loc[4, ["generated", "prediction", "likeliest"]].tolist() == ["", WRONG, WRONG]
+    assert found.loc[4, "scores"] == []
+    others = [i for i in range(len(long)) if i != 4]
+    assert found.loc[others, "prediction"].tolist() == answers.loc[others, "prediction"].tolist()
+
+
+def test_a_passed_deadline_is_said(model, config, test_rows):
+    with pytest.raises(DeadlineReached):
+        answering.predict(model, test_rows, config, deadline=-1.0)
+
+
+def test_images_matter_and_blind_answers_do_not_know_them(model, config, test_rows, answers):
+    other = answering.predict(model, test_rows, config, images=answering.shuffle_images(test_rows, 0))
+    blind = answering.predict(model, test_rows, config, blind=True)
+    seen = (test_rows["image"] != "").to_numpy()
+    changed = np.array([a != b for a, b in zip(answers["scores"], other["scores"], strict=True)])
+    assert changed[seen].all()
+    assert np.allclose(
+        np.concatenate(list(answers["scores"][~seen])), np.concatenate(list(other["scores"][~seen])), atol=1e-4
+    )
+    without = test_rows.assign(image="")
+    again = answering.predict(model, without, config)
+    assert np.allclose(np.concatenate(list(blind["scores"])), np.concatenate(list(again["scores"])), atol=1e-4)
+
+
+def test_shuffled_images_are_others_of_the_same_skill(test_rows):
+    found = answering.shuffle_images(test_rows, 3)
+    seen = test_rows[test_rows["image"] != ""].set_index("pid")
+    assert found.keys() == set(seen.index) and sorted(found.values()) == sorted(seen["image"])
+    skill = dict(zip(seen["image"], seen["skill"], strict=True))
+    alone = seen["skill"].value_counts().loc[lambda n: n == 1].index
+    for pid, path in found.items():
+        assert path != seen.loc[pid, "image"] or len(alone) == 1
+        if seen.loc[pid, "skill"] not in alone:
+            assert skill[path] == seen.loc[pid, "skill"]
+    assert found != answering.shuffle_images(test_rows, 4)
+
+
+@pytest.fixture
+def table():
+    """Six problems answered by hand: three with an image, of which the model gets two."""
+    return pd.DataFrame(
+        {
+            "pid": list("abcdef"),
+            "question": ["q"] * 6,
+            "choices": [["x", "y"], ["x", "y"], ["x", "y", "z", "w"], ["x", "y"], ["x", "y"], ["x", "y"]],
+            "answer": [0, 1, 2, 0, 1, 0],
+            "subject": ["natural science"] * 3 + ["social science"] * 3,
+            "grade": [3, 8, 3, 8, 3, 8],
+            "skill": [""] * 6,
+            "image": [True, True, True, False, False, False],
+            "hint": [False, True, False, True, False, False],
+            "scores": [[]] * 6,
+            "generated": ["A"] * 6,
+            "prediction": [0, 1, 0, 0, WRONG, 0],
+            "likeliest": [0, 1, 2, 0, 1, 0],
+            "text_only_prediction": [1, 0, 0, 0, 1, 0],
+            "first_choice_prediction": [0] * 6,
+        }
+    )
+
+
+def test_scores_are_counted_from_the_table(table):
+    scored = answering.scores(table)
+    assert scored.keys() == {"", "likelihood", "text_only", "first_choice"}
+    assert (scored[""]["correct"], scored[""]["failed"], scored[""]["accuracy"]) == (4, 1, 66.67)
+    assert (scored[""]["IMG"], scored[""]["TXT"], scored[""]["NO"]) == (66.67, 100.0, 50.0)
+    assert [scored[""][name] for name in ("NAT", "SOC", "G1-6", "G7-12")] == [66.67, 66.67, 33.33, 100.0]
+    assert scored["likelihood"]["accuracy"] == 100.0 and scored["text_only"]["IMG"] == 0.0
+    split = answering.split_by_image(table)
+    assert split[""]["image"][:2] == (2, 3) and split[""]["text"][:2] == (2, 3) and split[""]["all"][:2] == (4, 6)
+    assert answering.chance(table) == pytest.approx(100 * (5 * 0.5 + 0.25) / 6)
+    metrics = answering.flat_metrics(scored, table)
+    assert metrics["accuracy"] == 66.67 and metrics["text_only_IMG"] == 0.0
+    assert metrics["chance_IMG"] == pytest.approx(100 * 1.25 / 3)
+
+
+def test_published_figures_stand_below_the_runs(table):
+    shown = answering.result_table(answering.scores(table))
+    assert shown.loc["model, written letter", "average"] == 66.67
+    assert shown.loc["paper, LLaMA-7B (20 epochs)", "average"] == 93.85
+    paper = shown.loc["paper, LLaMA-7B (20 epochs)"]
+    # the published average is the subjects' mean weighted by their share of the test set (2252, 889 and 1100 problems)
+    assert (2252 * paper["NAT"] + 889 * paper["SOC"] + 1100 * paper["LAN"]) / 4241 == pytest.approx(93.85, abs=0.01)
+    assert [shown.loc[name, "average"] for name in shown.index[-4:]] == [93.61, 85.81, 86.4, 88.4]
+
+
+def test_predictions_join_only_answers_to_the_same_problems(problems, test_rows, answers, tmp_path):
+    train = problems[problems["split"] == "train"]
+    joined = answering.join_predictions(test_rows, train, {"": answers, "text_only": answers})
+    assert len(joined) == len(test_rows)
+    joined.to_parquet(tmp_path / "p.parquet")
+    back = pd.read_parquet(tmp_path / "p.parquet")
+    assert answering.scores(back) == answering.scores(joined)
+    needed = {"pid", "scores", "generated", "prediction", "answer", "likeliest", "text_only_prediction"}
+    assert needed | {"first_choice_prediction", "majority_prediction"} <= set(back)
+    first = sum(row.answer == 0 for row in test_rows.itertuples())
+    assert answering.scores(back)["first_choice"]["correct"] == first
+    with pytest.raises(ValueError, match="to other problems"):
+        answering.join_predictions(test_rows, train, {"": answers.iloc[::-1]})
+
+
+def test_parameters_beside_the_papers(model):
+    table = answering.parameter_comparison(model)
+    assert table.loc["total", "paper, LLaMA-7B"] == 4_530_432
+    assert table.loc["total", "this run"] == sum(t.numel() for t in model.adapter_tensors().values())
+
+
+def test_intervals_are_students():
+    middle, half = answering.mean_interval(np.array([90.0, 92.0, 94.0]))
+    assert (middle, half) == (92.0, pytest.approx(4.302653 * 2 / math.sqrt(3), rel=1e-4))  # t of 2 degrees of freedom
+    assert answering.mean_interval(np.array([5.0])) == (5.0, math.inf)
+    twelve = np.arange(12.0)
+    assert answering.mean_interval(twelve)[1] == pytest.approx(2.200985 * twelve.std(ddof=1) / math.sqrt(12), rel=1e-3)
+
+
+def test_an_ablation_trains_each_row_with_each_seed_and_goes_on(problems, test_rows, config, tmp_path, monkeypatch):
+    train = problems[problems["split"] == "train"]
+    rows = {"one": {"alpha": 0.1}, "two": {"alpha": 0.3}}
+    monkeypatch.setattr(answering, "ablation_rows", lambda name, grid: rows)
+    with pytest.raises(DeadlineReached, match="'one', seed 0"):
+        answering.run_ablation("ladder", train, test_rows, config, tmp_path, seeds=2, deadline=-1.0)
+    runs = answering.run_ablation("ladder", train, test_rows, config, tmp_path, seeds=2)
+    assert runs[["row", "seed"]].values.tolist() == [["one", 0], ["one", 1], ["two", 0], ["two", 1]]
+    monkeypatch.setattr(answering, "predict", None)  # what is finished is not asked again
+    again = answering.run_ablation("ladder", train, test_rows, config, tmp_path, seeds=2)
+    pd.testing.assert_frame_equal(again, runs)
+    table = answering.ablation_table(runs)
+    assert table["row"].tolist() == ["one", "two"] and table["seeds"].tolist() == [2, 2]
+    first = runs[runs["row"] == "one"]["image"]
+    assert table["image"][0] == pytest.approx(first.mean())
+    assert table["image_high"][0] - table["image"][0] == pytest.approx(12.7062 * first.std() / math.sqrt(2), rel=1e-4)
+
+
+def test_attended_patches_sum_to_one_and_follow_the_scores(model, config, test_rows):
+    """Against the formula by hand, from the scores of a forward whose fusion is watched."""
+    row = test_rows[test_rows["image"] != ""].iloc[0].to_dict()
+    weights = answering.attended(model, row, config)
+    assert weights.shape == (8, 8) and weights.sum() == pytest.approx(1.0) and (weights >= 0).all()
+    text = prompt(row, PromptStyle("QCM-A")) + "The answer is"
+    pixels = image_tensor(science.open_image(row["image"]), 64)[None]
+    batch = collate([encode(model.tokenizer, text, has_image=True)], pixels, 0)
+    caught = []
+    original = torch.Tensor.kthvalue
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "kthvalue", lambda self, *a, **k: caught.append(self) or original(self, *a, **k))
+        model.next_logits(**{name: t for name, t in batch.items() if name != "labels"})
+    with torch.no_grad():
+        patches, _ = model.visual_features(batch["pixel_values"])
+        grid = patches[0].view(8, 8, -1)
+        corners = [(i, j) for i in range(0, 8, 2) for j in range(0, 8, 2)]
+        coarse = torch.stack([grid[i : i + 2, j : j + 2].mean((0, 1)) for i, j in corners])
+        values = config.beta * model.projector(torch.cat([patches[0], coarse])) + model.value_embedding[0]
+    expected = torch.zeros(80)
+    for scores in caught:
+        last = scores[0, -1]
+        kept = last >= last.sort().values[8]  # a tenth of 80 positions is dropped
+        expected += (last * kept).abs() * values.norm(dim=-1)
+    by_patch = expected[:64].view(8, 8) + expected[64:].view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1) / 4
+    assert np.allclose(weights, by_patch / by_patch.sum(), atol=1e-5)
+    with pytest.raises(ValueError, match="has no image"):
+        answering.attended(model, row | {"image": ""}, config)
+
+
+def test_the_real_slice_trains_and_every_subgroup_is_reported(config, shared_data, tmp_path):
+    """All 1,773 problems of the real slice, with random backbones: the score is what it is, the report is whole."""
+    folder = shared_data / "scienceqa"
+    if not (folder / "problems.json").is_file():
+        pytest.skip(f"no ScienceQA at {folder}")
+    whole = load(folder, captions=True)
+    assert len(whole.problems) == 1773 and whole.rejects.empty
+    train, test = (whole.problems[whole.problems["split"] == split] for split in ("train", "test"))
+    own = science.changed(config, {"max_tokens": 600, "epochs": 0.1, "warmup_epochs": 0.0, "batch_size": 8})
+    model = science.build_model(own)
+    result, skipped = science.train_adem(model, train, own, tmp_path, progress=False)
+    assert result.status == "complete" and 0 < len(skipped) < 0.5 * len(train)
+    joined = answering.join_predictions(test, train, {"": answering.predict(model, test, own)})
+    scored = answering.scores(joined)
+    assert scored[""]["total"] == 361
+    assert all(name in scored[""] for name in ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12"))
+    assert joined["scores"].map(len).eq(0).sum() == (joined["generated"] == "").sum()
