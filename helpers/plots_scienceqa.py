@@ -126,8 +126,7 @@ def accuracy_bars(scored: Mapping[str, Mapping[str, Any]], names: Mapping[str, s
         errors = np.clip([[h - values[p][2], values[p][3] - h] for p, h in zip(parts, heights, strict=True)], 0, None).T
         axis.bar(x, heights, width * 0.92, color=SYSTEM_COLORS[system], label=names[system])
         axis.errorbar(x, heights, errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    axis.axhline(chance, color=GREY, linestyle=":", linewidth=1)
-    axis.text(len(parts) - 0.45, chance, "chance, image problems", fontsize=8, va="bottom", ha="right", color=GREY)
+    axis.axhline(chance, color=GREY, linestyle=":", linewidth=1, label="chance, image problems")
     first = next(iter(scored.values()))
     labels = {"image": "with an image", "text": "without an image", "all": "all"}
     axis.set_xticks(range(len(parts)), [f"{labels[p]}\n(n = {first[p][1]:,})" for p in parts])
