@@ -57,12 +57,12 @@ def architecture(scales: Sequence[int], blocks: int, drop_ratio: float) -> Figur
     _box(axis, 4.4, 1.5, 2.0, 0.9, "CLS feature", "white")
     _box(axis, 6.9, 3.3, 1.4, 0.9, "projector", LEARNT)
     _box(axis, 6.9, 1.5, 1.4, 0.9, "CLS projector", LEARNT)
-    _box(axis, 6.5, 4.9, 2.2, 0.8, "key and value tables", LEARNT)
+    _box(axis, 6.5, 4.9, 2.2, 0.8, "tables added to\nkeys and values", LEARNT)
     _box(axis, 9.4, 0.5, 2.4, 5.2, "", FROZEN)
     axis.text(10.6, 5.45, f"language model, frozen\n{blocks} blocks", ha="center", va="center", fontsize=9)
     _box(axis, 9.7, 3.9, 1.8, 0.8, "MLP", "white")
     share = f"drops {drop_ratio:.0%}" if drop_ratio else "drops nothing"
-    _box(axis, 9.7, 2.6, 1.8, 0.9, f"cross-attention\nno weights, {share}", "white")
+    _box(axis, 9.7, 2.55, 1.8, 1.0, f"cross-attention\nwithout weights\n{share}", "white")
     _box(axis, 9.7, 0.8, 1.8, 1.1, "Image: [token]\nquestion, choices\nThe answer is", "white")
     for start, end in (
         ((1.45, 3.1), (1.85, 3.1)),
@@ -71,7 +71,7 @@ def architecture(scales: Sequence[int], blocks: int, drop_ratio: float) -> Figur
         ((6.45, 3.75), (6.85, 3.75)),
         ((6.45, 1.95), (6.85, 1.95)),
         ((8.35, 3.7), (9.65, 3.1)),
-        ((7.6, 4.85), (7.6, 4.28)),
+        ((8.75, 5.1), (9.65, 3.45)),
         ((8.35, 1.9), (9.65, 1.5)),
         ((10.6, 1.95), (10.6, 2.55)),
     ):
@@ -81,7 +81,7 @@ def architecture(scales: Sequence[int], blocks: int, drop_ratio: float) -> Figur
     return figure
 
 
-def question_text(row: Mapping[str, Any], width: int = 38) -> str:
+def question_text(row: Mapping[str, Any], width: int = 28) -> str:
     """Question, context and choices of a problem as wrapped lines; the right choice is marked."""
     lines = [fill(row["question"], width)]
     if row["hint"]:
@@ -96,7 +96,7 @@ def example_questions(problems: pd.DataFrame) -> Figure:
     """Problems side by side: image, or a note that there is none, and the text beneath. ValueError without any."""
     if problems.empty:
         raise ValueError("nothing to draw: the table has no problems")
-    figure, axes = _figure(2, len(problems), (3.0 * len(problems), 4.6), height_ratios=[1.25, 1])
+    figure, axes = _figure(2, len(problems), (2.3 * len(problems), 4.4), height_ratios=[1.1, 1])
     figure.suptitle("Questions of the data, the right choice marked", fontweight="bold")
     for column, row in enumerate(problems.to_dict("records")):
         top, bottom = axes[0, column], axes[1, column]
@@ -105,7 +105,7 @@ def example_questions(problems: pd.DataFrame) -> Figure:
         else:
             top.text(0.5, 0.5, "(no image)", ha="center", va="center", color=GREY, transform=top.transAxes)
         top.set_title(f"{row['subject']}, grade {row['grade']}", fontsize=9)
-        bottom.text(0, 1, question_text(row), va="top", fontsize=8, transform=bottom.transAxes)
+        bottom.text(0, 1, question_text(row), va="top", fontsize=9, transform=bottom.transAxes)
         for axis in (top, bottom):
             axis.axis("off")
     return figure
@@ -126,7 +126,7 @@ def accuracy_bars(scored: Mapping[str, Mapping[str, Any]], names: Mapping[str, s
         errors = np.clip([[h - values[p][2], values[p][3] - h] for p, h in zip(parts, heights, strict=True)], 0, None).T
         axis.bar(x, heights, width * 0.92, color=SYSTEM_COLORS[system], label=names[system])
         axis.errorbar(x, heights, errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    axis.axhline(chance, color=GREY, linestyle=":", linewidth=1, label="chance, image problems")
+    axis.hlines(chance, -0.45, 0.45, color="black", linestyle=":", label="chance, with an image")
     first = next(iter(scored.values()))
     labels = {"image": "with an image", "text": "without an image", "all": "all"}
     axis.set_xticks(range(len(parts)), [f"{labels[p]}\n(n = {first[p][1]:,})" for p in parts])
@@ -154,25 +154,33 @@ def ablation(table: pd.DataFrame, name: str) -> Figure:
 
 
 @plt.rc_context(STYLE)
-def attention_over_images(problems: pd.DataFrame, maps: Sequence[np.ndarray], answers: Sequence[str]) -> Figure:
-    """Images above, and below them the share that each patch adds to the answer (`predict_scienceqa.attended`)."""
-    if not len(maps):
+def regions_over_images(
+    problems: pd.DataFrame, looks: Sequence[np.ndarray], worth: Sequence[np.ndarray], answers: Sequence[str]
+) -> Figure:
+    """Three rows: images, what each patch adds to the answer's position, and what hiding each patch costs the answer.
+
+    looks: `predict_scienceqa.attended`; worth: `predict_scienceqa.worth`; answers: what the model says.
+    """
+    if not len(looks):
         raise ValueError("nothing to draw: no problem has an image")
-    figure, axes = _figure(2, len(maps), (2.9 * len(maps) + 0.8, 5.4))
-    figure.suptitle("Where the model looks while it answers", fontweight="bold")
-    top = max(float(weights.max()) for weights in maps)
-    for column, (row, weights, answer) in enumerate(zip(problems.to_dict("records"), maps, answers, strict=True)):
+    figure, axes = _figure(3, len(looks), (2.3 * len(looks) + 0.8, 7.4))
+    figure.suptitle("Where the model looks, and what it needs to see", fontweight="bold")
+    shares, losses = 100 * np.stack(looks), np.stack(worth)
+    rows = (
+        (shares, "share of what is added (%)", {"cmap": "inferno", "vmin": 0, "vmax": shares.max()}),
+        (losses, "log-probability lost (nats)", {"cmap": "inferno", "vmin": 0, "vmax": max(losses.max(), 1e-6)}),
+    )
+    for column, (row, answer) in enumerate(zip(problems.to_dict("records"), answers, strict=True)):
         picture = np.asarray(open_image(row["image"]))
-        size = (0, picture.shape[1], picture.shape[0], 0)
-        axes[0, column].imshow(picture, interpolation="nearest", extent=size)
-        axes[0, column].set_title(fill(row["question"], 26), fontsize=9)
-        axes[1, column].imshow(picture.mean(-1), cmap="gray", extent=size, vmin=-200, vmax=255)
-        shown = axes[1, column].imshow(
-            100 * weights, cmap="inferno", alpha=0.65, extent=size, vmin=0, vmax=100 * top, interpolation="nearest"
-        )
-        axes[1, column].set_title(fill(f"answers {answer}", 26), fontsize=9)
+        place = {"extent": (0, picture.shape[1], picture.shape[0], 0), "interpolation": "nearest"}
+        axes[0, column].imshow(picture, **place)
+        axes[0, column].set_title(f"{fill(row['question'], 24)}\n{answer}", fontsize=9)
+        for axis, (maps, _, colors) in zip(axes[1:, column], rows, strict=True):
+            axis.imshow(picture.mean(-1), cmap="gray", vmin=-200, vmax=255, **place)
+            axis.imshow(maps[column], alpha=0.65, **place, **colors)
         for axis in axes[:, column]:
             axis.set(xlabel="pixels", ylabel="pixels")
             axis.grid(False)
-    figure.colorbar(shown, ax=axes[1].tolist(), label="share of what is added (%)", shrink=0.8)
+    for line, (_, label, _) in zip(axes[1:], rows, strict=True):
+        figure.colorbar(line[0].images[1], ax=line.tolist(), label=label, shrink=0.8)
     return figure

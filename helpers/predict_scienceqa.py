@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from helpers.config import AdemConfig
 from helpers.corpora.scienceqa import ANSWER_START, LETTERS, prompt, protocol
-from helpers.models.adem_vl import AdemVL, AdemVLConfig, letter_tokens
+from helpers.models.adem_vl import AdemVL, AdemVLConfig, collate, letter_tokens
 from helpers.scoring_scienceqa import (
     GROUPS,
     WRONG,
@@ -330,3 +330,28 @@ def attended(model: AdemVL, problem: Mapping[str, Any], config: AdemConfig) -> n
         total += np.kron(part, np.ones((times, times))) / times**2
         start += scale
     return total / total.sum()
+
+
+def worth(model: AdemVL, problem: Mapping[str, Any], config: AdemConfig, window: int = 3) -> np.ndarray:
+    """What hiding the image around each patch costs the model's own answer: [grid, grid], in nats.
+
+    A square of `window` patches a side, centred at the patch, is filled with the image's mean colour; the answer's
+    log-probability with the whole image, less that with the square hidden. Negative: the answer became likelier.
+    Raises ValueError for a problem without an image.
+    """
+    if not problem["image"]:
+        raise ValueError(f"problem {problem['pid']} has no image to hide a part of")
+    encoded, _ = encode_problems(model, pd.DataFrame([problem]), config, answers=False)
+    pixels = Images(model.config.vision_config.image_size, config.normalisation)(problem["image"])
+    grid, side = model.config.grid, model.config.vision_config.patch_size
+    reach = window // 2
+    shown = pixels.repeat(grid * grid + 1, 1, 1, 1)  # the last one stays whole
+    for number in range(grid * grid):
+        top, left = (side * max(0, place - reach) for place in divmod(number, grid))
+        bottom, right = (side * (place + reach + 1) for place in divmod(number, grid))
+        shown[number, :, top:bottom, left:right] = pixels.mean((1, 2))[:, None, None]
+    batch = collate([encoded[0]] * len(shown), shown, padding_token(model), left=True)
+    logits = model.next_logits(**{name: t.to(model.device) for name, t in batch.items() if name != "labels"})
+    told = logits.log_softmax(-1).cpu().double()
+    own = told[:, int(told[-1].argmax())]
+    return (own[-1] - own[:-1]).view(grid, grid).numpy()

@@ -98,7 +98,7 @@ def step_cost(hidden: int = 512, blocks: int = 6, rows: int = 2, text: int = 160
         "cls_position": torch.full((rows,), 4),
     }
     steps: dict[str, Callable[[], None]] = {}
-    facts: dict[str, dict[str, object]] = {}
+    facts: dict[str, dict[str, float]] = {}
     for name, model in models.items():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -110,7 +110,7 @@ def step_cost(hidden: int = 512, blocks: int = 6, rows: int = 2, text: int = 160
 
         step()
         kept = kept_bytes(lambda model=model: model(**batch)["loss"], model.parameters())
-        steps[name], facts[name] = step, {"megabytes": kept / 1e6, "trained": sum(p.numel() for p in trained)}
+        steps[name], facts[name] = step, {"megabytes": kept / 1e6, "trained": float(sum(p.numel() for p in trained))}
     took: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

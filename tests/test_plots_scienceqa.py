@@ -59,13 +59,15 @@ def test_ablation_shows_means_and_intervals():
         figures.ablation(table.head(0), "ladder")
 
 
-def test_attention_is_drawn_over_the_image_at_its_size(problems):
+def test_regions_are_drawn_over_the_image_at_its_size(problems):
     seen = problems[problems["image"] != ""].head(2)
-    maps = [np.full((8, 8), 1 / 64), np.eye(8) / 8]
-    figure = figures.attention_over_images(seen, maps, ["north", "fox"])
-    overlay = figure.axes[3].images[1]
-    assert tuple(overlay.get_extent()) == (0, 64, 64, 0)
-    assert np.allclose(overlay.get_array(), 100 * np.eye(8) / 8)
-    assert all(axis.get_xlabel() == "pixels" for axis in figure.axes[:4])
+    looks, worth = [np.full((8, 8), 1 / 64), np.eye(8) / 8], [np.zeros((8, 8)), np.tri(8)]
+    figure = figures.regions_over_images(seen, looks, worth, ["north", "fox"])
+    for axis, expected in ((figure.axes[3], 100 * np.eye(8) / 8), (figure.axes[5], np.tri(8))):
+        overlay = axis.images[1]
+        assert tuple(overlay.get_extent()) == (0, 64, 64, 0)
+        assert np.allclose(overlay.get_array(), expected)
+    assert all(axis.get_xlabel() == "pixels" for axis in figure.axes[:6])
+    assert ["(%)" in figure.axes[6].get_ylabel(), "(nats)" in figure.axes[7].get_ylabel()] == [True, True]
     with pytest.raises(ValueError, match="no problem has an image"):
-        figures.attention_over_images(seen.head(0), [], [])
+        figures.regions_over_images(seen.head(0), [], [], [])

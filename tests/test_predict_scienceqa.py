@@ -255,6 +255,33 @@ def test_attended_patches_sum_to_one_and_follow_the_scores(model, config, test_r
         answering.attended(model, row | {"image": ""}, config)
 
 
+def test_a_patch_is_worth_what_its_hiding_costs(model, config, test_rows):
+    """Two patches by hand, one of them at the image's corner, where the square is cut."""
+    row = test_rows[test_rows["image"] != ""].iloc[1].to_dict()
+    found = answering.worth(model, row, config)
+    assert found.shape == (8, 8)
+    pixels = image_tensor(science.open_image(row["image"]), 64)
+    sample = encode(model.tokenizer, prompt(row, PromptStyle("QCM-A")) + "The answer is", has_image=True)
+
+    def told(image):
+        batch = collate([sample], image[None], 0)
+        del batch["labels"]
+        with torch.no_grad():
+            return model(**batch)["logits"][0, -1].log_softmax(-1)
+
+    whole = told(pixels)
+    for (line, column), (rows, columns) in {
+        (0, 7): (slice(0, 16), slice(48, 64)),
+        (3, 4): (slice(16, 40), slice(24, 48)),
+    }.items():
+        hidden = pixels.clone()
+        hidden[:, rows, columns] = pixels.mean((1, 2))[:, None, None]
+        expected = whole.max() - told(hidden)[whole.argmax()]
+        assert found[line, column] == pytest.approx(float(expected), abs=1e-3)
+    with pytest.raises(ValueError, match="has no image"):
+        answering.worth(model, row | {"image": ""}, config)
+
+
 def test_the_real_slice_trains_and_every_subgroup_is_reported(config, shared_data, tmp_path):
     """All 1,773 problems of the real slice, with random backbones: the score is what it is, the report is whole."""
     folder = shared_data / "scienceqa"
