@@ -159,22 +159,26 @@ def regions_over_images(
 ) -> Figure:
     """Three rows: images, what each patch adds to the answer's position, and what hiding each patch costs the answer.
 
+    The third row is coloured from 0 to the image's own largest loss, which stands above it.
     looks: `predict_scienceqa.attended`; worth: `predict_scienceqa.worth`; answers: what the model says.
     """
     if not len(looks):
         raise ValueError("nothing to draw: no problem has an image")
     figure, axes = _figure(3, len(looks), (2.3 * len(looks) + 0.8, 7.4))
     figure.suptitle("Where the model looks, and what it needs to see", fontweight="bold")
-    shares, losses = 100 * np.stack(looks), np.stack(worth)
+    shares, losses = 100 * np.stack(looks), np.clip(np.stack(worth), 0, None)
+    largest = losses.max((1, 2), keepdims=True)
+    losses = 100 * losses / np.maximum(largest, 1e-9)
     rows = (
         (shares, "share of what is added (%)", {"cmap": "inferno", "vmin": 0, "vmax": shares.max()}),
-        (losses, "log-probability lost (nats)", {"cmap": "inferno", "vmin": 0, "vmax": max(losses.max(), 1e-6)}),
+        (losses, "log-probability lost\n(% of the largest)", {"cmap": "inferno", "vmin": 0, "vmax": 100}),
     )
     for column, (row, answer) in enumerate(zip(problems.to_dict("records"), answers, strict=True)):
         picture = np.asarray(open_image(row["image"]))
         place = {"extent": (0, picture.shape[1], picture.shape[0], 0), "interpolation": "nearest"}
         axes[0, column].imshow(picture, **place)
         axes[0, column].set_title(f"{fill(row['question'], 24)}\n{answer}", fontsize=9)
+        axes[2, column].set_title(f"hiding costs at most\n{largest[column].item():.2f} nats", fontsize=9)
         for axis, (maps, _, colors) in zip(axes[1:, column], rows, strict=True):
             axis.imshow(picture.mean(-1), cmap="gray", vmin=-200, vmax=255, **place)
             axis.imshow(maps[column], alpha=0.65, **place, **colors)

@@ -61,13 +61,14 @@ def test_ablation_shows_means_and_intervals():
 
 def test_regions_are_drawn_over_the_image_at_its_size(problems):
     seen = problems[problems["image"] != ""].head(2)
-    looks, worth = [np.full((8, 8), 1 / 64), np.eye(8) / 8], [np.zeros((8, 8)), np.tri(8)]
+    looks, worth = [np.full((8, 8), 1 / 64), np.eye(8) / 8], [np.zeros((8, 8)), 0.5 * np.tri(8) - 0.1]
     figure = figures.regions_over_images(seen, looks, worth, ["north", "fox"])
-    for axis, expected in ((figure.axes[3], 100 * np.eye(8) / 8), (figure.axes[5], np.tri(8))):
+    for axis, expected in ((figure.axes[3], 100 * np.eye(8) / 8), (figure.axes[5], 100 * np.tri(8))):
         overlay = axis.images[1]
         assert tuple(overlay.get_extent()) == (0, 64, 64, 0)
         assert np.allclose(overlay.get_array(), expected)
     assert all(axis.get_xlabel() == "pixels" for axis in figure.axes[:6])
-    assert ["(%)" in figure.axes[6].get_ylabel(), "(nats)" in figure.axes[7].get_ylabel()] == [True, True]
+    assert all("%" in axis.get_ylabel() for axis in figure.axes[6:])
+    assert "0.00 nats" in figure.axes[4].get_title() and "0.40 nats" in figure.axes[5].get_title()
     with pytest.raises(ValueError, match="no problem has an image"):
         figures.regions_over_images(seen.head(0), [], [], [])

@@ -161,9 +161,10 @@ def test_optimizer_decays_matrices_and_tables_only(make_config):
         assert decay[id(p)] == (0.0 if name.endswith("bias") or name == "thresholds" else 0.3), name
 
 
-def test_a_run_equals_a_plain_loop(tmp_path, make_config, problems):
-    """The suite's trainer against AdamW, accumulation and the official schedule written out, bit for bit."""
-    config = make_config(batch_size=3, accumulation=2)
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_a_run_equals_a_plain_loop(tmp_path, make_config, problems, clip):
+    """The suite's trainer against AdamW, accumulation, clipping (0: none) and the official schedule written out."""
+    config = make_config(batch_size=3, accumulation=2, max_grad_norm=clip)
     model, result, _ = run(tmp_path, problems, config)
     plain = science.build_model(config)
     torch.manual_seed(config.seed)
@@ -189,6 +190,8 @@ def test_a_run_equals_a_plain_loop(tmp_path, make_config, problems):
             loss = plain(**piece)["loss"] / 2
             loss.backward()
             total += loss.item()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(decayed + others, clip)
         optimizer.step()
         losses.append(total)
     assert result.history["loss"].tolist() == pytest.approx(losses, rel=1e-5)
