@@ -49,7 +49,7 @@ if int(moment):
 profile = load_profile("tiny", {
     "encoder.model": xclip, "language_model.model": llama, "data.image_size": 32,
     "language_model.quantisation": "nf4", "language_model.lora_dropout": 0.1,
-    "connector.hidden": 32, "training.epochs": 2, "training.tokens_per_step": 400,
+    "connector.hidden": 32, "connector.train_mit": True, "training.epochs": 2, "training.tokens_per_step": 400,
     "training.checkpoint_minutes": 1e-9, "training.log_steps": 5,
 })
 model = GifQAModel.build(profile)
