@@ -22,6 +22,7 @@ SMALL = [
     *("-p", "shapes.train", "40", "-p", "shapes.test", "10", "-p", "data.workers", "1"),
     *("-p", "training.epochs", "1", "-p", "training.checkpoint_minutes", "0.001", "-p", "evaluation.bootstrap", "50"),
     *("-p", "data.groups", "[1]", "-p", "training.groups", "[1]", "-p", "evaluation.groups", "1"),
+    *("-p", "adem.world_train", "64", "-p", "adem.world_test", "30", "-p", "adem.epochs", "1"),
 ]
 MAIN_PATH = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
 
@@ -137,8 +138,8 @@ def test_whole_suite_through_refusal_deadline_cancellation_and_death_scores_as_i
     assert versions(site, "01_data_sharding") == ["COMPLETE", "COMPLETE"]  # partial, then whole
     assert versions(site, "03_adapter_training") == ["CANCEL_ACKNOWLEDGED", "COMPLETE"]
     assert versions(site, "04_evaluation") == ["ERROR", "COMPLETE"]
-    assert versions(site, "08_demo") == ["COMPLETE"]
-    assert resume(minutes=30) == 0 and sum(len(runs) for runs in site.runs.values()) == 9  # nothing is left to do
+    assert versions(site, "05_adem_scienceqa") == versions(site, "08_demo") == ["COMPLETE"]
+    assert resume(minutes=30) == 0 and sum(len(runs) for runs in site.runs.values()) == 10  # nothing is left to do
 
     only = [word for name in MAIN_PATH for word in ("--only", name)]
     assert main(["--profile", "tiny", "--run", "here", *only, *SMALL]) == 0, capfd.readouterr()
