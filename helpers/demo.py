@@ -11,7 +11,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,14 +66,14 @@ def find_bundle(run_folder: Path, given: str = "") -> FoundBundle:
     Raises BundleError if the one given is no bundle or takes no video, or if there is none at all.
     """
     if given:
-        folder = _given_folder(given)
+        folder = given_folder(given)
         if not read_bundle(folder)["video"]:
             raise BundleError(f"{given} is a blind bundle, which sees no GIF: give the `bundle` folder beside it")
         return FoundBundle(folder, "given by the parameter `bundle`")
     own = find_stage(run_folder, "03_adapter_training") / "bundle"
     if (own / "bundle.json").is_file():
         return FoundBundle(own, f"trained in the run {own.parents[1].name}")
-    if attached := _newest_attached():
+    if attached := newest_attached("bundle.json", _sees):
         return FoundBundle(attached, f"attached: {attached.relative_to(KAGGLE_INPUT).as_posix()}")
     if (SHIPPED_BUNDLE / "bundle.json").is_file():
         return FoundBundle(SHIPPED_BUNDLE, "the small one that ships with the suite; it knows only shapes")
@@ -83,20 +83,28 @@ def find_bundle(run_folder: Path, given: str = "") -> FoundBundle:
     )
 
 
-def _given_folder(given: Path | str) -> Path:
+def given_folder(given: Path | str) -> Path:
     """A folder as typed: from where the notebook runs, or from the repository's root, where run_all.sh is called."""
     path = Path(given).expanduser()
     return (path if path.exists() else repo_root() / path).resolve()
 
 
-def _newest_attached() -> Path | None:
-    """The attached bundle that was finished last: by its stage.json, or by its files where there is none."""
+def _sees(folder: Path) -> bool:
+    """Whether a folder is a bundle that takes video."""
+    try:
+        return read_bundle(folder)["video"]
+    except (ValueError, KeyError, AttributeError):  # another program's file of the same name, or an older format
+        return False
+
+
+def newest_attached(name: str, wanted: Callable[[Path], bool]) -> Path | None:
+    """The attached folder with a file `name` that was finished last, of those that are `wanted`; None without one.
+
+    The time is its stage's, or its file's where it came without stage.json.
+    """
     found = []
-    for path in sorted(KAGGLE_INPUT.glob("**/bundle.json")) if KAGGLE_INPUT.is_dir() else []:
-        try:
-            if not read_bundle(path.parent)["video"]:
-                continue
-        except (ValueError, KeyError, AttributeError):  # another program's file of the same name, or an older format
+    for path in sorted(KAGGLE_INPUT.glob(f"**/{name}")) if KAGGLE_INPUT.is_dir() else []:
+        if not wanted(path.parent):
             continue
         manifest = read_manifest(path.parents[1])
         written = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
@@ -283,7 +291,7 @@ class Session:
         A qa.csv in it, in the own-GIFs format, gives the suggested questions; GIFs that have some come first. Raises
         CorpusError if there is no folder.
         """
-        folder = _given_folder(folder)
+        folder = given_folder(folder)
         if not folder.is_dir():
             raise CorpusError(f"gallery: there is no folder {folder}")
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".gif" and path.is_file())
@@ -408,6 +416,10 @@ STYLE = """<style>
 .gq .strip .meter { height: 8px; background: #ececec; margin: 3px 0; }
 .gq .strip .meter div { height: 8px; background: #0072B2; } .gq .strip .meter div.against { background: #E69F00; }
 .gq .strip .top { outline: 3px solid #0072B2; outline-offset: -3px; }
+.gq .choices { list-style: none; padding: 0; margin: 4px 0; }
+.gq .science { max-width: 220px; height: auto; border-radius: 3px; display: block; margin-bottom: 8px; }
+.gq .maps { display: flex; flex-wrap: wrap; gap: 18px; } .gq .maps figure { margin: 0; width: 220px; }
+.gq .maps figcaption { font-size: 13px; }
 .gq-gif { width: 100%; height: 100%; object-fit: contain; object-position: top; background: #fff; border-radius: 4px; }
 </style>"""
 
@@ -424,7 +436,8 @@ def image(data: bytes, alt: str, kind: str = "gif", style: str = "gq-gif") -> st
     return f'<img class="{style}" alt="{html.escape(alt)}" src="data:image/{kind};base64,{encoded}">'
 
 
-def _bars(distribution: Sequence[tuple[str, float]], chosen: str, caption: str) -> str:
+def bars(distribution: Sequence[tuple[str, float]], chosen: str, caption: str) -> str:
+    """Probabilities as a table of bars, the chosen text in bold. The caption is HTML."""
     rows = [
         f'<tr><th scope="row"{" class=chosen" if text == chosen else ""}>{html.escape(text) or "(nothing)"}</th>'
         f'<td><div class="bar" style="width:{100 * p:.1f}%"></div></td><td class="number">{100 * p:.1f} %</td></tr>'
@@ -447,7 +460,7 @@ def answer_panel(asked: Asked, blind: bool = False) -> str:
         f"<h4>{html.escape(asked.question)}</h4>",
         f'<p class="answer"><strong>{html.escape(answer.text) or "(nothing)"}</strong></p>',
         f"<p>confidence {100 * answer.confidence:.1f} %, answered in {asked.seconds:.2f} s</p>",
-        _bars(asked.distribution, answer.text, caption),
+        bars(asked.distribution, answer.text, caption),
     ]
     if blind:
         if asked.blind is None:

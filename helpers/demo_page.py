@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import html
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 
@@ -27,32 +28,40 @@ from helpers.demo import (
     read_uploads,
     why_panel,
 )
+from helpers.demo_science import Science, problem_panel, regions_panel, science_panel
 from helpers.gifs import GifRejected
 
 WIDE = widgets.Layout(width="auto")
 LABELLED = {"description_width": "80px"}
 ONE_AT_A_TIME = "One question at a time: the second click was ignored."
+BUSY = "The model is busy in the other tab: click again when it is done."
+MAX_LABEL = 90  # characters of a problem in the list
 
 
 class DemoPage:
-    """Gallery, question, answer, why, and history. Name `page.view` in a notebook's cell to show it.
+    """Gallery, question, answer, why, and history; and ScienceQA. Name `page.view` in a notebook's cell to show it.
 
     session: with at least one GIF on show. exports: the folder that exported questions go to. notes: sentences shown
-    beside the gallery. Raises ValueError for a session without a GIF.
+    beside the gallery. science: fills a tab of its own. Raises ValueError for a session without a GIF.
     """
 
-    def __init__(self, session: Session, exports: Path, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, session: Session, exports: Path, notes: tuple[str, ...] = (), science: Science | None = None
+    ) -> None:
         if not session.gifs:
             raise ValueError("the session has no GIF on show: add one first (Session.add, Session.add_folder)")
         self.session, self.exports = session, exports
         self.gif = session.gifs[0]
         self.asked: Asked | None = None
         self.worker: threading.Thread | None = None
-        self._turn, self._ignored = threading.Lock(), False
+        self._turn, self._ignored, self._told = threading.Lock(), False, None
+        self.science = science
         self._gallery(notes)
         self._question()
         self._history()
         tabs = {"Ask": self._ask_tab(), "History": self._history_tab()}
+        if science is not None:
+            tabs["Science"] = self._science_tab(science)
         self.tabs = widgets.Tab(children=list(tabs.values()))
         for number, title in enumerate(tabs):
             self.tabs.set_title(number, title)
@@ -135,6 +144,23 @@ class DemoPage:
             "so corrections become training data.</p></div>"
         )
         return widgets.VBox([intro, self.rows, self.export_button, self.history_note])
+
+    def _science_tab(self, science: Science) -> widgets.VBox:
+        intro = widgets.HTML(
+            '<div class="gq"><p>Pick a problem of ScienceQA\'s kind; ADEM-VL, a language model that learnt to look at '
+            "images, chooses. Beside each choice stands how likely it is, and beneath it what it would be without the "
+            f"image. The model: {html.escape(science.found.origin)}. It is loaded when first asked.</p></div>"
+        )
+        listed = [(_label(problem), number) for number, problem in enumerate(science.problems)]
+        self.problem = widgets.Dropdown(description="Problem", options=listed, layout=WIDE, style=LABELLED)
+        self.problem.observe(lambda _: self._show_problem(), "value")
+        self.science_button = widgets.Button(description="Answer it", button_style="primary")
+        self.science_button.on_click(lambda _: self.ask_science())
+        self.science_status, self.set_problem = widgets.HTML(), widgets.HTML()
+        self.science_answer, self.regions = widgets.HTML(), widgets.HTML()
+        self._show_problem()
+        parts = [self.problem, self.set_problem, self.science_button, self.science_status]
+        return widgets.VBox([intro, *parts, self.science_answer, self.regions])
 
     # ---- What a person does ----------------------------------------------------------------------------------------
 
@@ -221,19 +247,39 @@ class DemoPage:
     def _show_answer(self) -> None:
         self.answer.value = answer_panel(self.asked, blind=self.blind.value and self.asked.blind is not None)
 
-    def _start(self, message: str, work: Callable[[], str]) -> None:
+    def _show_problem(self) -> None:
+        self.set_problem.value = problem_panel(self.science.problems[self.problem.value])
+        self.science_answer.value = self.regions.value = self.science_status.value = ""
+
+    def ask_science(self) -> None:
+        """Have the problem that stands in the science tab answered."""
+        number = self.problem.value
+        problem = self.science.problems[number]
+
+        def answer() -> str:
+            answered = self.science.ask(problem)
+            regions = regions_panel(problem, *self.science.regions(problem)) if problem["image"] else ""
+            if self.problem.value != number:
+                return "Another problem was picked meanwhile."
+            self.science_answer.value, self.regions.value = science_panel(answered), regions
+            return f"Answered in {answered.seconds:.2f} s."
+
+        self._start("Looking at the problem ...", answer, self.science_status)
+
+    def _start(self, message: str, work: Callable[[], str], status: widgets.HTML | None = None) -> None:
         """Run `work` in the worker thread and show the sentence it returns; while it runs, further clicks are told."""
+        status = status or self.status
         with self._turn:
             if self.worker is not None:
-                self._ignored = True
-                self.status.value = note(f"{message} {ONE_AT_A_TIME}")
+                self._ignored = self._ignored or status is self._told
+                status.value = note(f"{message} {ONE_AT_A_TIME}" if status is self._told else BUSY)
                 return
-            self._ignored = False
-            self.status.value = note(message)
-            self.worker = threading.Thread(target=self._run, args=(work,), daemon=True)
+            self._ignored, self._told = False, status
+            status.value = note(message)
+            self.worker = threading.Thread(target=self._run, args=(work, status), daemon=True)
         self.worker.start()
 
-    def _run(self, work: Callable[[], str]) -> None:
+    def _run(self, work: Callable[[], str], status: widgets.HTML) -> None:
         try:
             text, fault = work(), False
         except (ValueError, OSError) as error:  # what a person can mend: the question, the options, the GIF, weights
@@ -241,7 +287,7 @@ class DemoPage:
         except Exception as error:  # anything else must not leave the page waiting for ever
             text, fault = f"The model failed ({type(error).__name__}: {error}). Try another question or GIF.", True
         with self._turn:  # else a click between the two lines would leave its message standing
-            self.status.value = note(f"{text} {ONE_AT_A_TIME}" if self._ignored else text, fault)
+            status.value = note(f"{text} {ONE_AT_A_TIME}" if self._ignored else text, fault)
             self.worker = None
 
     def _add_row(self, asked: Asked) -> None:
@@ -281,3 +327,9 @@ class DemoPage:
             f'<a download="qa.csv" href="data:text/csv;base64,{encoded}">Save the CSV</a><br>'
             f'Train on it: <code>./run_all.sh --gifs "{folder}" --qa "{folder}/qa.csv" --holdout 0.2</code></div>'
         )
+
+
+def _label(problem: Mapping[str, Any]) -> str:
+    """A problem's line in the list."""
+    text = f"{problem['pid']}: {problem['question']}" + ("" if problem["image"] else " (no image)")
+    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"

@@ -84,6 +84,7 @@ def predict(
     images: Mapping[str, str] | None = None,
     deadline: float = math.inf,
     description: str = "answers",
+    progress: bool = True,
 ) -> pd.DataFrame:
     """One row a problem, in order: pid and `ANSWER_COLUMNS`.
 
@@ -103,7 +104,9 @@ def predict(
     order = sorted((i for i, sample in enumerate(encoded) if sample), key=lambda i: -len(encoded[i].input_ids))
     answers: list[tuple[list[float], str, int, int]] = [([], "", WRONG, WRONG)] * len(rows)
     size = config.evaluation_batch
-    for start in tqdm(range(0, len(order), size), desc=description, unit="batch", mininterval=2.0):
+    for start in tqdm(
+        range(0, len(order), size), desc=description, unit="batch", mininterval=2.0, disable=not progress
+    ):
         if time.perf_counter() > ends:
             raise DeadlineReached("the deadline has passed while problems were answered; run again to go on")
         chosen = order[start : start + size]

@@ -1,4 +1,4 @@
-"""A real browser drives notebook 08, in JupyterLab and as a Voila page: upload, ask, break it, export.
+"""A real browser drives notebook 08, in JupyterLab and as a Voila page: upload, ask, break it, export, science.
 
 Screenshots go to the run's folder, and to the folder SCREENSHOTS where that is set. The README shows
 demo_voila_count.png.
@@ -295,6 +295,21 @@ def test_corrections_are_exported(opened):
     counts = corpus.questions[corpus.questions["task"] == "count"]
     assert counts["answer"].iloc[-1] == "7" and len(counts) == 2  # the double click asked once
     assert QUESTION in corpus.questions["question"].tolist()
+
+
+def test_a_science_problem_is_answered(opened):
+    page, server = opened
+    page.get_by_role("tab", name="Science").click()
+    problem = page.get_by_role("combobox", name="Problem")
+    color = problem.locator("option").filter(has_text=re.compile(r"color.is.the.figure"))
+    problem.select_option(value=color.get_attribute("value"))
+    page.get_by_role("region", name="Problem").locator("h4", has_text="color is the figure").wait_for(timeout=PATIENCE)
+    page.get_by_role("button", name="Answer it").click()
+    page.get_by_role("region", name="Regions").wait_for(timeout=PATIENCE)
+    panel = page.get_by_role("region", name="Science answer")
+    assert "That is right" in panel.inner_text() and panel.locator("table").count() == 2
+    assert page.get_by_role("region", name="Regions").get_by_role("img").count() == 2
+    screenshot(page, server, "science")
 
 
 def test_the_stage_is_finished(opened):

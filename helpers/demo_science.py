@@ -1,0 +1,255 @@
+"""The demo's science tab without its widgets: the ADEM-VL that answers, the problems on show, the panels as HTML."""
+
+from __future__ import annotations
+
+import html
+import io
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+from transformers.utils.logging import disable_progress_bar
+
+from helpers import plots_scienceqa
+from helpers.config import AdemConfig, Profile
+from helpers.corpora import CorpusError, diagrams
+from helpers.corpora.scienceqa import LETTERS, find_attached, load, open_image
+from helpers.demo import BUILT_IN_SEED, bars, given_folder, image, newest_attached
+from helpers.models.adem_vl import AdemVL
+from helpers.predict_scienceqa import attended, predict, worth
+from helpers.scoring_scienceqa import WRONG
+from helpers.stage import find_stage, read_manifest
+from helpers.workspace import KAGGLE_INPUT, ModelNotFound, find_model
+
+SHIPPED_ADEM = Path(__file__).resolve().parent / "assets" / "tiny" / "adem_vl"
+STAGE = "05_adem_scienceqa"
+BUILT_IN_PROBLEMS = 60  # drawn at random; the page shows the first of each skill
+MAX_PROBLEMS = 12
+PICTURE_SIDE = 220  # pixels of the longer side of a picture on the page
+
+
+@dataclass(frozen=True)
+class FoundAdem:
+    """A trained ADEM-VL: its folder, in words where it comes from, and the settings it was trained with."""
+
+    folder: Path
+    origin: str
+    config: AdemConfig
+
+
+def find_adem(run_folder: Path, profile: Profile) -> FoundAdem:
+    """The ADEM-VL to show: this run's, else the newest attached one, else the shipped one (only diagrams)."""
+    own = find_stage(run_folder, STAGE) / "adem_vl"
+    if (own / "adem_vl.json").is_file():
+        return FoundAdem(own, f"trained in the run {own.parents[1].name}", _settings(own, profile))
+    # A text-only twin is a folder of the same kind, beside the model.
+    if attached := newest_attached("adem_vl.json", lambda folder: folder.name == "adem_vl"):
+        origin = f"attached: {attached.relative_to(KAGGLE_INPUT).as_posix()}"
+        return FoundAdem(attached, origin, _settings(attached, profile))
+    tiny = AdemConfig.model_validate({"preset": "tiny"})
+    return FoundAdem(SHIPPED_ADEM, "the small one that ships with the suite; it knows only its own diagrams", tiny)
+
+
+def _settings(folder: Path, profile: Profile) -> AdemConfig:
+    manifest = read_manifest(folder.parent)
+    return AdemConfig.model_validate(manifest["settings"]["profile"]["adem"]) if manifest else profile.adem
+
+
+def find_problems(folder: Path, config: AdemConfig, data: str = "") -> pd.DataFrame:
+    """At most `MAX_PROBLEMS` test problems, one a skill, those with an image first.
+
+    Of `data`, a folder in ScienceQA's official layout, if given; else of the attached ScienceQA, if the model was
+    trained on that; else of the built-in world, which is drawn into `folder`. Raises CorpusError if `data` is no such
+    folder.
+    """
+    if data:
+        source = given_folder(data)
+    elif config.corpus == "scienceqa" and list(KAGGLE_INPUT.glob("**/problems.json")):
+        source = find_attached(KAGGLE_INPUT)
+    else:
+        source = diagrams.write(folder, seed=BUILT_IN_SEED, train=0, val=0, test=BUILT_IN_PROBLEMS)
+    problems = load(source, splits=("test",), captions=(source / "captions.json").is_file()).problems
+    problems = problems.sort_values("image", key=lambda path: path == "", kind="stable").drop_duplicates("skill")
+    return problems.head(MAX_PROBLEMS).reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class ScienceAnswer:
+    """What the model says to a problem.
+
+    scores: log-probability of each choice's letter among the whole vocabulary. written: the token that it writes;
+    prediction: index of the choice of that letter, `WRONG` if it is no letter of a choice. blind_scores: the same
+    without the image, None for a problem that has none.
+    """
+
+    problem: Mapping[str, Any]
+    scores: tuple[float, ...]
+    written: str
+    prediction: int
+    seconds: float
+    blind_scores: tuple[float, ...] | None
+
+    @property
+    def text(self) -> str:
+        """The choice that was answered, in words."""
+        return choice(self.problem, self.prediction) if self.prediction != WRONG else f"no choice ({self.written!r})"
+
+
+class Science:
+    """The science tab's model, loaded when it is first asked, and its problems (rows as of `corpora.scienceqa`)."""
+
+    def __init__(self, found: FoundAdem, problems: pd.DataFrame) -> None:
+        self.found, self.problems = found, problems.to_dict("records")
+        self._model: AdemVL | None = None
+
+    @classmethod
+    def open(cls, run_folder: Path, profile: Profile, folder: Path, data: str = "") -> tuple[Science, list[str]]:
+        """Find the model (`find_adem`) and the problems (`find_problems`); sentences tell what was not to be had."""
+        found = find_adem(run_folder, profile)
+        try:
+            return cls(found, find_problems(folder, found.config, data)), []
+        except CorpusError as error:
+            return cls(found, find_problems(folder, AdemConfig.model_validate({"preset": "tiny"}))), [str(error)]
+
+    @property
+    def model(self) -> AdemVL:
+        """The model; its base models are those that it names, or where those are not to be had, the settings'.
+
+        Raises ModelNotFound with every way out if there are none, AdemVLError if the settings' are others.
+        """
+        if self._model is None:
+            disable_progress_bar()
+            config = self.found.config
+            try:
+                self._model = AdemVL.from_pretrained(self.found.folder)
+            except ModelNotFound:
+                self._model = AdemVL.from_pretrained(
+                    self.found.folder,
+                    find_model(config.language_model, config.language_revision),
+                    find_model(config.vision_model, config.vision_revision),
+                )
+        return self._model
+
+    def ask(self, problem: Mapping[str, Any]) -> ScienceAnswer:
+        """Answer as `predict_scienceqa.predict` does, and take the time. ValueError for one that is too long."""
+        model, config, table = self.model, self.found.config, pd.DataFrame([problem])
+        began = time.perf_counter()
+        row = predict(model, table, config, progress=False).iloc[0]
+        seconds = time.perf_counter() - began
+        if not row["scores"]:
+            raise ValueError(f"its text is longer than the {config.max_tokens} tokens that the model was trained on")
+        blind = predict(model, table, config, blind=True, progress=False).iloc[0] if problem["image"] else None
+        scores = None if blind is None else tuple(blind["scores"])
+        return ScienceAnswer(problem, tuple(row["scores"]), row["generated"], int(row["prediction"]), seconds, scores)
+
+    def regions(self, problem: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """`predict_scienceqa.attended` and `predict_scienceqa.worth` of a problem with an image, [grid, grid] each."""
+        return attended(self.model, problem, self.found.config), worth(self.model, problem, self.found.config)
+
+    def still(self, number: int = 3) -> Figure | None:
+        """The first image problems as one figure, for a notebook that runs without a page; None if there is none."""
+        shown = [problem for problem in self.problems if problem["image"]][:number]
+        if not shown:
+            return None
+        looks, costs = zip(*(self.regions(problem) for problem in shown), strict=True)
+        answers = [self.ask(problem).text for problem in shown]
+        return plots_scienceqa.regions_over_images(pd.DataFrame(shown), looks, costs, answers)
+
+
+# ---- Panels --------------------------------------------------------------------------------------------------------
+
+
+def choice(problem: Mapping[str, Any], index: int) -> str:
+    """A choice with its letter."""
+    return f"({LETTERS[index]}) {problem['choices'][index]}"
+
+
+def _picture(path: str) -> Image.Image:
+    """A problem's image at the size of the page; small ones are enlarged by whole pixels."""
+    picture = open_image(path)
+    scale = PICTURE_SIDE / max(picture.size)
+    kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], kind)
+
+
+def _png(picture: Image.Image, alt: str) -> str:
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return image(out.getvalue(), alt, "png", "science")
+
+
+def _overlay(path: str, values: np.ndarray) -> Image.Image:
+    """The image in grey under a map of its patches, from black (0) to yellow (the map's largest value)."""
+    picture = _picture(path)
+    shares = np.clip(values, 0, None) / max(values.max(), 1e-12)
+    colors = matplotlib.colormaps["inferno"](shares)[..., :3]
+    layer = Image.fromarray((255 * colors).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
+    return Image.blend(picture.convert("L").convert("RGB"), layer, 0.65)
+
+
+def _place(values: np.ndarray) -> str:
+    row, column = (int(i) for i in np.unravel_index(np.argmax(values), values.shape))
+    return f"row {row + 1}, column {column + 1} of {values.shape[0]}"
+
+
+def problem_panel(problem: Mapping[str, Any]) -> str:
+    """The problem as it is set: image, question, context, choices."""
+    hint = f"<p>{html.escape(problem['hint'])}</p>" if problem["hint"] else ""
+    listed = "".join(f"<li>{html.escape(choice(problem, i))}</li>" for i in range(len(problem["choices"])))
+    about = f"{problem['subject']}, grade {problem['grade']}"
+    drawn = ""
+    if problem["image"]:
+        drawn = _png(_picture(problem["image"]), problem["caption"] or f"image of the problem: {problem['question']}")
+    return (
+        f'<section class="gq" aria-label="Problem">{drawn}<h4>{html.escape(problem["question"])}</h4>{hint}'
+        f"<ul class=choices>{listed}</ul><p class=quiet>{html.escape(about)}</p></section>"
+    )
+
+
+def science_panel(answer: ScienceAnswer) -> str:
+    """The choice that was answered, every choice's likelihood with and without the image, and the right one."""
+    problem = answer.problem
+    right = choice(problem, problem["answer"])
+    verdict = "right" if answer.prediction == problem["answer"] else f"wrong: it is {right}"
+    names = [choice(problem, i) for i in range(len(problem["choices"]))]
+    parts = [
+        f'<p class="answer"><strong>{html.escape(answer.text)}</strong></p>',
+        f"<p>That is {html.escape(verdict)}. Answered in {answer.seconds:.2f} s.</p>",
+        _likelihoods(names, answer.scores, "probability of each choice's letter, among all that could be written"),
+    ]
+    if answer.blind_scores is not None:
+        parts.append(_likelihoods(names, answer.blind_scores, "the same without the image"))
+    return f'<section class="gq" aria-label="Science answer">{"".join(parts)}</section>'
+
+
+def _likelihoods(names: Sequence[str], scores: Sequence[float], caption: str) -> str:
+    shares = np.exp(scores)
+    return bars(list(zip(names, shares.tolist(), strict=True)), names[int(np.argmax(shares))], caption)
+
+
+def regions_panel(problem: Mapping[str, Any], looks: np.ndarray, costs: np.ndarray) -> str:
+    """Where the model looks, and what hiding a region costs its answer, over the problem's image."""
+    most = max(float(costs.max()), 0.0)
+    maps = (
+        (looks, f"most is read at {_place(looks)}", "<b>What it reads.</b> Bright patches add most to the answer."),
+        (
+            costs,
+            f"hiding costs most at {_place(costs)}",
+            f"<b>What it needs.</b> Hiding a bright square costs the answer up to {most:.2f} nats.",
+        ),
+    )
+    drawn = "".join(
+        f"<figure>{_png(_overlay(problem['image'], values), alt)}<figcaption>{text}</figcaption></figure>"
+        for values, alt, text in maps
+    )
+    return (
+        '<section class="gq" aria-label="Regions"><h4>Which regions of the image</h4>'
+        f'<div class="maps">{drawn}</div></section>'
+    )

@@ -1,0 +1,214 @@
+"""The demo's science tab without a browser: which model answers, what it says, and what the page shows."""
+
+import base64
+import html
+import math
+import re
+from io import BytesIO
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_demo import finish, gif_bytes, shown
+
+from helpers import demo, demo_science, predict_scienceqa
+from helpers.config import load_profile
+from helpers.corpora import CorpusError, diagrams
+from helpers.demo import Gif, Session
+from helpers.demo_page import DemoPage
+from helpers.demo_science import Science, find_adem, find_problems, problem_panel, regions_panel, science_panel
+from helpers.models.adem_vl import AdemVL
+from helpers.scoring_scienceqa import WRONG
+from helpers.stage import write_json
+from helpers.training_scienceqa import changed
+
+NASTY = "<script>alert('x')</script> \"&<b>"
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return load_profile("tiny")
+
+
+@pytest.fixture(scope="module")
+def science(tmp_path_factory, profile):
+    """The shipped model and the built-in problems."""
+    run = tmp_path_factory.mktemp("run")
+    science, notes = Science.open(run, profile, run / "problems")
+    assert not notes
+    return science
+
+
+def with_image(science):
+    return next(problem for problem in science.problems if problem["image"])
+
+
+def without_image(science):
+    return next(problem for problem in science.problems if not problem["image"])
+
+
+# ---- Model and problems --------------------------------------------------------------------------------------------
+
+
+def fake_adem(folder, finished="", **settings):
+    """A folder that looks like a trained ADEM-VL in a stage that finished at a time."""
+    folder.mkdir(parents=True)
+    write_json(folder / "adem_vl.json", {})
+    if finished:
+        adem = load_profile("tiny").adem.model_dump(mode="json") | settings
+        manifest = {"finished": finished, "settings": {"profile": {"adem": adem}}}
+        write_json(folder.parent / "stage.json", manifest)
+    return folder
+
+
+def test_this_runs_model_then_the_newest_attached_then_the_shipped(tmp_path, monkeypatch, profile):
+    attached, run = tmp_path / "input", tmp_path / "runs" / "tiny"
+    monkeypatch.setattr(demo, "KAGGLE_INPUT", attached)
+    monkeypatch.setattr(demo_science, "KAGGLE_INPUT", attached)
+    assert find_adem(run, profile).folder == demo_science.SHIPPED_ADEM
+    fake_adem(attached / "old" / "adem_vl", "2026-01-01T00:00:00+00:00")
+    new = fake_adem(attached / "new" / "adem_vl", "2026-02-01T00:00:00+00:00", protocol="CQM-A")
+    fake_adem(attached / "newest" / "text_only", "2026-03-01T00:00:00+00:00")
+    found = find_adem(run, profile)
+    assert (found.folder, found.config.protocol) == (new, "CQM-A") and "attached: new/adem_vl" in found.origin
+    own = fake_adem(run / "05_adem_scienceqa" / "adem_vl")
+    assert find_adem(run, profile) == demo_science.FoundAdem(own, "trained in the run tiny", profile.adem)
+
+
+def test_problems_are_of_the_folder_given_one_a_skill_images_first(tmp_path, profile):
+    folder = diagrams.write(tmp_path / "world", seed=5, train=0, val=0, test=40)
+    problems = find_problems(tmp_path / "unused", profile.adem, str(folder))
+    assert problems["skill"].is_unique and 1 < len(problems) <= demo_science.MAX_PROBLEMS
+    seen = (problems["image"] != "").tolist()
+    assert seen == sorted(seen, reverse=True) and any(seen)
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(CorpusError, match="nowhere"):
+        find_problems(tmp_path / "unused", profile.adem, str(tmp_path / "nowhere"))
+
+
+def test_a_folder_that_is_no_scienceqa_is_told_and_the_built_in_problems_are_shown(tmp_path, profile):
+    science, notes = Science.open(tmp_path / "run", profile, tmp_path / "problems", str(tmp_path / "nowhere"))
+    assert len(notes) == 1 and "nowhere" in notes[0]
+    assert len(science.problems) > 3
+
+
+def test_the_shipped_model_sees(tmp_path, profile):
+    """Of 150 problems with an image that it was not trained on at least 80 % are right; chance is 42 %."""
+    world = diagrams.write(tmp_path / "world", seed=990, train=0, val=0, test=300)
+    problems = demo_science.load(world, splits=("test",)).problems
+    problems = problems[problems["image"] != ""].head(150)
+    model = AdemVL.from_pretrained(demo_science.SHIPPED_ADEM)
+    answers = predict_scienceqa.predict(model, problems, profile.adem, progress=False)
+    assert len(problems) == 150
+    assert np.mean(answers["prediction"].to_numpy() == problems["answer"].to_numpy()) >= 0.80
+
+
+# ---- Answers -------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_predict(science):
+    for problem in (with_image(science), without_image(science)):
+        answer, table = science.ask(problem), pd.DataFrame([problem])
+        expected = predict_scienceqa.predict(science.model, table, science.found.config).iloc[0]
+        assert list(answer.scores) == expected["scores"]
+        assert (answer.written, answer.prediction) == (expected["generated"], expected["prediction"])
+        if problem["image"]:
+            blind = predict_scienceqa.predict(science.model, table, science.found.config, blind=True).iloc[0]
+            assert list(answer.blind_scores) == blind["scores"] != expected["scores"]
+        else:
+            assert answer.blind_scores is None
+
+
+def test_a_problem_that_is_too_long_is_refused(science):
+    found = demo_science.FoundAdem(science.found.folder, "", changed(science.found.config, {"max_tokens": 20}))
+    long = with_image(science) | {"hint": "word " * 40}
+    with pytest.raises(ValueError, match="longer than the 20 tokens"):
+        Science(found, pd.DataFrame([long])).ask(long)
+
+
+# ---- Panels --------------------------------------------------------------------------------------------------------
+
+
+def test_panels_show_every_choice_with_its_likelihood(science):
+    problem = with_image(science)
+    answer = science.ask(problem)
+    panel = science_panel(answer)
+    for letter, text, score in zip("ABCDE", problem["choices"], answer.scores, strict=False):
+        assert html.escape(f"({letter}) {text}") in panel
+        assert f"{100 * math.exp(score):.1f} %" in panel
+    assert html.escape(answer.text) in panel and "without the image" in panel
+    wrong = demo_science.ScienceAnswer(problem, answer.scores, "the", WRONG, 0.1, None)
+    assert "no choice (&#x27;the&#x27;)" in science_panel(wrong) and "wrong: it is (" in science_panel(wrong)
+    assert "without the image" not in science_panel(wrong)
+
+
+def test_panels_escape_what_the_data_say(science):
+    problem = with_image(science) | {"question": NASTY, "hint": NASTY, "choices": [NASTY, "b"], "answer": 0}
+    problem |= {"caption": NASTY, "subject": NASTY}
+    answer = demo_science.ScienceAnswer(problem, (-0.1, -3.0), NASTY, WRONG, 0.1, None)
+    for panel in (problem_panel(problem), science_panel(answer)):
+        assert "<script" not in panel and "&lt;script" in panel
+
+
+def test_regions_are_drawn_where_the_maps_are_largest(science):
+    problem = with_image(science)
+    looks, costs = np.full((8, 8), 0.01), np.full((8, 8), -1.0)
+    looks[2, 5], costs[7, 0] = 1.0, 2.5
+    panel = regions_panel(problem, looks, costs)
+    assert "row 3, column 6 of 8" in panel and "row 8, column 1 of 8" in panel and "2.50 nats" in panel
+    for encoded, (row, column) in zip(re.findall('base64,([^"]+)"', panel), [(2, 5), (7, 0)], strict=True):
+        pixels = np.asarray(Image.open(BytesIO(base64.b64decode(encoded))), dtype=float)
+        side = len(pixels) / 8
+        patches = [
+            [
+                pixels[round(i * side) : round((i + 1) * side), round(j * side) : round((j + 1) * side)].mean()
+                for j in range(8)
+            ]
+            for i in range(8)
+        ]
+        assert np.unravel_index(np.argmax(patches), (8, 8)) == (row, column)
+
+
+def test_still_figure_is_titled(science):
+    figure = science.still(2)
+    assert figure.get_suptitle()
+    assert sum(bool(axis.images) for axis in figure.axes) >= 6
+    assert Science(science.found, pd.DataFrame([without_image(science)])).still() is None
+
+
+# ---- The page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(science, tmp_path):
+    session = Session.open(tmp_path, load_profile("tiny"))
+    session.gifs += [Gif("a.gif", gif_bytes(), "animated GIF: noise", ())]
+    return DemoPage(session, tmp_path, science=science)
+
+
+def test_pick_a_problem_and_see_the_answer(page, science):
+    for number, problem in enumerate(science.problems):
+        page.problem.value = number
+        assert html.escape(problem["question"]) in page.set_problem.value and page.science_answer.value == ""
+        page.science_button.click()
+        finish(page)
+        assert html.escape(science.ask(problem).text) in page.science_answer.value
+        assert ("Which regions" in page.regions.value) == bool(problem["image"])
+        assert "Answered in" in page.science_status.value
+    assert page.status.value == ""  # the other tab has its own messages
+    assert all(re.search('alt="[^"]+"', picture) for picture in re.findall("<img[^>]+>", shown(page.view)))
+
+
+def test_faults_and_a_busy_model_are_told_in_the_tab(page, science, monkeypatch):
+    def missing(problem):
+        raise ValueError("weights are missing: <b>attach them</b>")
+
+    monkeypatch.setattr(science, "ask", missing)
+    page.science_button.click()
+    finish(page)
+    assert "weights are missing: &lt;b&gt;" in page.science_status.value and 'role="alert"' in page.science_status.value
+    page.worker = object()  # an answer that is under way in the first tab
+    page._told = page.status
+    page.science_button.click()
+    assert "busy in the other tab" in page.science_status.value
