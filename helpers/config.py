@@ -66,6 +66,7 @@ class EncoderConfig(Section):
     revision: str | None
     frames_per_group: Positive
     batch_groups: Positive
+    gpus: Positive = 1
 
 
 class LanguageModelConfig(Section):
@@ -115,6 +116,7 @@ class TrainingConfig(Section):
     checkpoint_minutes: Annotated[Float, Field(gt=0)]
     groups: Groups
     log_steps: Positive
+    gpus: Positive = 1
 
 
 class EvaluationConfig(Section):

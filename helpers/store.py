@@ -8,6 +8,7 @@ same rows and values as one that was never interrupted.
 Lance is not fork-safe: GIFs are decoded in spawned processes, which never open a table.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -600,6 +601,7 @@ def cache_features(
     data: "DataConfig",
     batch_groups: int,
     deadline: float = math.inf,
+    gpus: int = 1,
 ) -> Cached:
     """Encode every view of every distinct GIF once, and keep the frame embeddings in the table `out`.
 
@@ -611,9 +613,10 @@ def cache_features(
         forward(uint8 [B, F, H, W, 3], lengths [B]) -> [B, F, D], on the device and in the dtype to compute with.
     data: `workers` threads decompress frames ahead of the encoder.
     deadline: seconds from now after which no more batches are encoded.
+    gpus: how many take the batches in turn, each with a copy of the encoder; which one encodes a batch changes nothing.
 
     Raises:
-        StoreError: the encoder does not fit the frames, an embedding is not finite, or `out` holds rows of another
+        StoreError: the encoder does not fit the frames, there are fewer GPUs, an embedding is not finite, or `out` holds rows of another
             encoder or of other frames.
         workspace.DiskFull: the table does not fit.
         workspace.DeadlineReached: the time was up before the last GIF was encoded; what is encoded is kept.
@@ -621,6 +624,7 @@ def cache_features(
     started = time.monotonic()
     table, out = FrameTable(frames_folder), Path(out)
     _require_fit(encoder, table)
+    encoders = _copies(encoder, gpus)
     schema = feature_schema(encoder.embed_dim, table.key)
     plan = _BatchPlan(table.view_lengths(), encoder.frames_per_group, batch_groups)
     work = out.with_name(f"{out.name}.unfinished")
@@ -632,7 +636,7 @@ def cache_features(
         require_disk(out.parent, round(gigabytes, 3), f"Caching the features of {len(table):,} GIFs")
         if out.exists():
             os.replace(out, work)
-        _encode_missing(table, plan, missing, encoder, work, schema, data.workers, started + deadline)
+        _encode_missing(table, plan, missing, encoders, work, schema, data.workers, started + deadline)
         done = _open(work)
         order = np.argsort(np.array(done.to_table(columns=["gif_sha256"])["gif_sha256"].to_pylist(), dtype=object))
         _write_sorted(done, order, schema, out)
@@ -651,6 +655,18 @@ def _require_fit(encoder: "torch.nn.Module", table: FrameTable) -> None:
             )
     if not len(table):
         raise StoreError("The frame shards hold no GIF: nothing to encode.")
+
+
+def _copies(encoder: "torch.nn.Module", gpus: int) -> list["torch.nn.Module"]:
+    """The encoder, and copies of it on the next GPUs (beside it, where it is on the CPU)."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if next(encoder.parameters()).device.type != "cuda":
+        return [encoder, *(copy.deepcopy(encoder) for _ in range(gpus - 1))]
+    if gpus > found:
+        raise StoreError(f"encoder.gpus is {gpus}, but this machine has {found}: set it to {found}")
+    return [encoder, *(copy.deepcopy(encoder).to(f"cuda:{number}") for number in range(1, gpus))]
 
 
 def _stored_features(out: Path, work: Path, encoder_key: str, schema: pa.Schema) -> dict[str, dict[int, int]]:
@@ -702,7 +718,7 @@ def _encode_missing(
     table: FrameTable,
     plan: _BatchPlan,
     missing: list[int],
-    encoder: "torch.nn.Module",
+    encoders: list["torch.nn.Module"],
     path: Path,
     schema: pa.Schema,
     workers: int,
@@ -716,7 +732,7 @@ def _encode_missing(
     finished: list[dict[str, Any]] = []
     committed = time.monotonic()
     with tqdm(total=plan.groups_in(batches), desc="encoding frames", unit="group", mininterval=1) as progress:
-        for owners, embeddings in _encoded_batches(table, plan, batches, encoder, meta, workers):
+        for owners, embeddings in _encoded_batches(table, plan, batches, encoders, meta, workers):
             for group, values in zip(owners, embeddings, strict=True):
                 gif = plan.gif(group)
                 outputs.setdefault(gif, []).append(values)
@@ -724,7 +740,7 @@ def _encode_missing(
                     continue
                 row, parts = meta.pop(gif), outputs.pop(gif)
                 if gif in wanted:  # a neighbour that shared its batch is there already
-                    finished.append(_feature_row(row, parts, encoder.key))
+                    finished.append(_feature_row(row, parts, encoders[0].key))
             progress.update(len(owners))
             if len(finished) >= BATCH_GIFS or time.monotonic() - committed > BATCH_SECONDS:
                 upsert_features(path, finished, schema)
@@ -739,22 +755,22 @@ def _encoded_batches(
     table: FrameTable,
     plan: _BatchPlan,
     batches: list[int],
-    encoder: "torch.nn.Module",
+    encoders: list["torch.nn.Module"],
     meta: dict[int, dict[str, Any]],
     workers: int,
 ) -> Iterator[tuple[range, list[np.ndarray]]]:
     """Yield each batch's group numbers and the fp16 embeddings [length, D] of its groups; fills `meta` on the way.
 
-    While the device works on one batch, the next one is put together.
+    While the devices work, each on one batch, the next one is put together.
     """
     import torch
 
-    device = next(encoder.parameters()).device
+    encoder = encoders[0]
     size, per_group = encoder.image_size, encoder.frames_per_group
     gifs = sorted({plan.gif(group) for batch in batches for group in plan.groups(batch)})
     stream = zip(gifs, _decompressed(table.rows(gifs), workers), strict=True)
     parts: dict[int, list[np.ndarray]] = {}  # the groups of the GIFs in the batch at hand
-    running: tuple[range, list[int], torch.Tensor] | None = None
+    running: deque[tuple[range, list[int], torch.Tensor]] = deque()
 
     def collect(numbers: range, lengths: list[int], result: "torch.Tensor") -> tuple[range, list[np.ndarray]]:
         values = result.to(torch.float16).cpu().numpy()
@@ -765,7 +781,7 @@ def _encoded_batches(
             raise StoreError(f"{encoder.key} gave embeddings that are not finite in fp16 for {', '.join(shas)}.")
         return numbers, [value[:length] for value, length in zip(values, lengths, strict=True)]
 
-    for batch in batches:
+    for turn, batch in enumerate(batches):
         numbers = plan.groups(batch)
         frames = np.zeros((len(numbers), per_group, size, size, 3), dtype=np.uint8)
         lengths = []
@@ -784,13 +800,15 @@ def _encoded_batches(
             lengths.append(len(part))
         for gif in [gif for gif in parts if plan.first[gif + 1] <= numbers.stop]:
             del parts[gif]
+        chosen = encoders[turn % len(encoders)]
+        device = next(chosen.parameters()).device
         with torch.inference_mode():
-            result = encoder(torch.from_numpy(frames).to(device), torch.tensor(lengths, device=device))
-        if running:
-            yield collect(*running)
-        running = numbers, lengths, result
-    if running:
-        yield collect(*running)
+            result = chosen(torch.from_numpy(frames).to(device), torch.tensor(lengths, device=device))
+        running.append((numbers, lengths, result))
+        if len(running) > len(encoders):
+            yield collect(*running.popleft())
+    while running:
+        yield collect(*running.popleft())
 
 
 def _decompressed(rows: Iterable[dict[str, Any]], workers: int) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -844,7 +862,8 @@ class FeatureTable:
 
     def __init__(self, path: Path | str, memory_gb: float = 4.0):
         """Open the table. Raises StoreError if there is none, or if it mixes encoders."""
-        self._dataset = _open(Path(path))
+        self.path = Path(path)
+        self._dataset = _open(self.path)
         if self._dataset is None:
             raise StoreError(f"There is no feature table at {path}: run notebook 02 first.")
         table = self._dataset.to_table(columns=["gif_sha256", "num_frames", "encoder_key", "groups", "lengths"])

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
@@ -37,6 +38,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from helpers.distributed import Shared, any_of, barrier, mean_of, rank, train_in_processes, world
 from helpers.workspace import compute_dtype, device
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ IGNORED = -100  # label of a token without loss, the convention of torch's cross
 PARTS = {"mit": "learning_rate_mit", "connector": "learning_rate_connector", "language_model": "learning_rate_lora"}
 TENSORS, HISTORY, META, STATE = "trainable.safetensors", "history.parquet", "checkpoint.json", "trainer_state.json"
 KEPT_CHECKPOINTS = 2
-PACING = {"checkpoint_minutes", "log_steps", "gradient_checkpointing"}  # settings that do not change the result
+# Settings that do not change the result (GPUs: up to rounding and the random numbers of dropout).
+PACING = {"checkpoint_minutes", "log_steps", "gradient_checkpointing", "gpus"}
 SAVE_MARGIN = 3  # saves that must still fit before the deadline: disks on free machines slow down without warning
 SLOW_DISK = 50e6  # bytes a second, assumed until a save has been timed
 
@@ -439,7 +442,7 @@ class Recorder:
         if not self.pending:
             return
         first = len(self.rows) - len(self.pending)
-        losses = torch.stack(self.pending).float().tolist()
+        losses = mean_of(torch.stack(self.pending).float()).tolist()
         self.pending.clear()
         for i, loss in enumerate(losses):
             self.rows[first + i]["loss"] = loss
@@ -517,7 +520,7 @@ class LossDisplay:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT instead of dying by them, so that a step can end and be saved (main thread only)."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -557,6 +560,8 @@ class Job:
     """Batches whose mean loss is measured at the end of each epoch."""
     betas: tuple[float, float] = (0.9, 0.999)
     gradient_checkpointing: bool = False
+    answer_tokens: Callable[[Any], int] | None = None
+    """Number of tokens with loss of an item of `dataset`; needed to share a batch among processes."""
 
 
 class RunControl(TrainerCallback):
@@ -581,10 +586,12 @@ class RunControl(TrainerCallback):
         now = time.perf_counter()
         self.longest_step, self.last = max(self.longest_step, now - self.last), now
         out_of_time = now + self.longest_step + SAVE_MARGIN * self.save_seconds >= self.ends
-        if out_of_time or self.signals or step >= self.last_step:
-            control.should_training_stop = control.should_save = True
         due = now - self.saved >= 60 * self.training.checkpoint_minutes
-        if due or step == len(trainer.plan):
+        flags = (out_of_time or self.signals or step >= self.last_step, due or step == len(trainer.plan))
+        stop, save = any_of(flags, trainer.args.device)
+        if stop:
+            control.should_training_stop = control.should_save = True
+        if save:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
@@ -605,6 +612,7 @@ class AdapterTrainer(Trainer):
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,
             use_cpu=place.type == "cpu",
+            ddp_backend="gloo" if place.type == "cpu" and world() > 1 else None,
             save_strategy="no",  # RunControl saves by the clock
             logging_strategy="no",  # and Recorder logs, without a sync each step
             logging_nan_inf_filter=False,
@@ -628,25 +636,33 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the model's loss is the mean over its own answer tokens
         self.plan, self.collator, self.folder, self.identity = job.plan, job.collator, folder, job.identity
+        self.answer_tokens = job.answer_tokens
         self.pieces = 1  # batches that the present step takes the mean of
+        self.share = 1.0  # what this process's loss counts, of several that train together
         self.recorder: Recorder | None = None
         self.display: LossDisplay | None = None
         self.writer: Any = None
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan's batches. Without `prepare` the Trainer could not skip to a step exactly."""
-        pin = self.args.dataloader_pin_memory
-        loader = DataLoader(self.train_dataset, batch_sampler=self.plan, collate_fn=self.collator, pin_memory=pin)
-        return self.accelerator.prepare(loader)
+        options = {"batch_sampler": self.plan, "pin_memory": self.args.dataloader_pin_memory}
+        if world() == 1:
+            return self.accelerator.prepare(DataLoader(self.train_dataset, collate_fn=self.collator, **options))
+        # The collator shares out each batch; accelerate would give whole batches to the processes in turn.
+        shared = DataLoader(self.train_dataset, collate_fn=Shared(self.collator, self.answer_tokens), **options)
+        return prepare_data_loader(shared, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, as its share of the step's."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss if self.pieces == 1 else loss / self.pieces
+        weight = self.share / self.pieces
+        return loss if weight == 1 else loss * weight
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass, or one for each of a list of batches, noted in the history."""
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+        if world() > 1:
+            self.share = inputs.pop("share")
         pieces = inputs if isinstance(inputs, list) else [inputs]
         self.pieces = len(pieces)
         loss = sum(super(AdapterTrainer, self).training_step(model, piece, num_items_in_batch) for piece in pieces)
@@ -656,6 +672,8 @@ class AdapterTrainer(Trainer):
     def log_history_so_far(self, window: int) -> None:
         """Show and write the mean over the last `window` steps."""
         self.recorder.flush(scaled=self.args.fp16)
+        if rank():
+            return
         if self.display is not None:
             self.display.update(self.recorder, window)
         last = self.recorder.rows[-window:]
@@ -671,13 +689,21 @@ class AdapterTrainer(Trainer):
         """Write the full state to a temporary folder and rename it. Replaces the Trainer's, which saves all weights."""
         self.recorder.flush(scaled=self.args.fp16)
         step, folder = self.state.global_step, self.folder / "checkpoints"
-        temporary = folder / f"saving-{os.getpid()}"
-        temporary.mkdir(parents=True)
+        temporary = folder / f"saving-{step}"
+        if rank() == 0:
+            temporary.mkdir(parents=True)
+        barrier()
+        self._save_rng_state(str(temporary))  # one file a process
+        barrier()
+        if rank() == 0:
+            self._write_checkpoint(temporary, folder, step)
+        barrier()
+
+    def _write_checkpoint(self, temporary: Path, folder: Path, step: int) -> None:
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(self.model).items()}
         save_file(tensors, temporary / TENSORS)
         self._save_optimizer_and_scheduler(str(temporary))
         self._save_scaler(str(temporary))
-        self._save_rng_state(str(temporary))
         self.state.save_to_json(str(temporary / STATE))
         history = self.recorder.table()
         history.to_parquet(temporary / HISTORY)
@@ -763,6 +789,10 @@ def train(
     of other settings or data, TrainingError if the loss diverges.
     """
     model.check_features(features.encoder_key)
+    if config.training.gpus > 1 and world() == 1:
+        options = {"video": model.video, "deadline": deadline, "eval_questions": eval_questions}
+        train_in_processes(config.training.gpus, questions, features.path, config, folder, **options)
+        deadline = 0.0  # what the processes left is loaded, no step is added
     training, in_prompt = config.training, config.evaluation.options_in_prompt
     dataset = QADataset(model, questions, options_in_prompt=in_prompt)
     plan = plan_batches(dataset, features, config)
@@ -785,6 +815,7 @@ def train(
         log_steps=training.log_steps,
         watched=watched,
         gradient_checkpointing=training.gradient_checkpointing,
+        answer_tokens=lambda item: len(item[1]),
     )
     return fit(model, job, folder, deadline=deadline, progress=progress, parts=tuple(PARTS))
 
@@ -805,7 +836,7 @@ def fit(
     """
     folder, ends = Path(folder), time.perf_counter() + deadline
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for left in (folder / "checkpoints").glob("saving-*"):
+    for left in (folder / "checkpoints").glob("saving-*") if rank() == 0 else []:
         shutil.rmtree(left)  # of a process that died while saving
     plan = job.plan
     found = find_checkpoint(folder / "checkpoints", job.identity)
@@ -851,15 +882,16 @@ def _run(
     done = len(trainer.recorder.rows)
     # `model_wrapped` is the model as prepared by accelerate: it casts as the training step does.
     evaluate = (lambda: mean_loss(trainer.model_wrapped, trainer.model, _pieces(job))) if job.watched else None
-    trainer.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+    trainer.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1) if rank() == 0 else None
     trainer.display = LossDisplay(len(trainer.plan), done) if progress else None
     try:
-        with _stop_signals() as signals:
+        with stop_signals() as signals:
             trainer.add_callback(RunControl(trainer, job, ends, signals, evaluate))
             trainer.recorder.began = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(path) if path else None)
     finally:
-        trainer.writer.close()
+        if trainer.writer is not None:
+            trainer.writer.close()
         if trainer.display is not None:
             trainer.display.close()
         # Takes the autocast wrapper off again, so that the model is left as it came.

@@ -62,6 +62,7 @@ def toy_config(**changes):
         "checkpoint_minutes": 60.0,
         "groups": [1, 2, 3],
         "log_steps": 4,
+        "gpus": 1,
     } | changes
     return SimpleNamespace(
         training=Section(**settings),

@@ -1,0 +1,170 @@
+"""Two processes that train together (DDP over gloo) against one: same batches, same losses, same weights."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helpers import distributed
+from helpers.corpora import shapes
+from helpers.models.gif_qa import GifQAModel
+from helpers.models.xclip import FrameEncoder, load_xclip
+from helpers.store import FeatureTable, StoreError, cache_features, read_questions, shard_gifs
+from helpers.training import TrainingError, hold_out, train, trainable
+from helpers.workspace import repo_root
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, make_profile):
+    """Questions and features of a small built-in world."""
+    folder = tmp_path_factory.mktemp("world")
+    profile = make_profile(shapes__seed=3, shapes__train=24, shapes__test=2)
+    made = shard_gifs(shapes.load(profile, folder / "gifs"), folder / "01", profile.data)
+    encoder = FrameEncoder(load_xclip(profile.encoder.model), profile.encoder.model).eval()
+    cache_features(folder / "01" / "frames", folder / "features.lance", encoder, profile.data, 16)
+    questions = made.questions[made.questions["split"] == "train"]
+    return hold_out(questions, 0.1, 0), FeatureTable(folder / "features.lance")
+
+
+def run(world, profile, folder, video=True, **options):
+    """Train anew; returns the result and the trained tensors."""
+    (questions, watched), features = world
+    model = GifQAModel.build(profile, torch.device("cpu"), video=video)
+    options = {"eval_questions": watched, "progress": False} | options
+    result = train(model, questions, features, profile, folder, **options)
+    return result, {name: p.detach().clone() for name, p in trainable(model).items()}
+
+
+def settings(make_profile, **changes):
+    keys = {"training__epochs": 2.0, "training__tokens_per_step": 160, "connector__train_mit": True}
+    return make_profile(**(keys | changes))
+
+
+def same(one, two):
+    """Losses and weights agree to the rounding of float32 sums in another order."""
+    (result, tensors), (other, others) = one, two
+    assert result.status == other.status == "complete" and result.steps == other.steps > 10
+    for column in ("step", "epoch", "tokens", "lr_connector"):
+        np.testing.assert_array_equal(result.history[column], other.history[column])
+    for column in ("loss", "eval_loss"):
+        np.testing.assert_allclose(result.history[column], other.history[column], rtol=2e-4)
+    assert result.history["eval_loss"].notna().sum() == 2
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=2e-4)
+
+
+def test_two_processes_do_what_one_does(tmp_path, world, make_profile):
+    """Also when stopped after a few steps and gone on with, by two processes and then by one."""
+    alone = run(world, settings(make_profile), tmp_path / "alone")
+    two = settings(make_profile, training__gpus=2)
+    same(alone, run(world, two, tmp_path / "together"))
+    assert sorted(p.name for p in (tmp_path / "together").iterdir()) == [
+        "checkpoints",
+        "history.parquet",
+        "tensorboard",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUITE_PROBE_STEPS", "4")
+        for done in (4, 8):
+            part, _ = run(world, two, tmp_path / "parts")
+            assert (part.status, part.steps) == ("partial", done)
+    same(alone, run(world, settings(make_profile), tmp_path / "parts"))
+
+
+def test_the_blind_twin_in_four_bits(tmp_path, world, make_profile):
+    keys = {"language_model__quantisation": "nf4", "training__epochs": 1.0}
+    one, two = (settings(make_profile, training__gpus=n, **keys) for n in (1, 2))
+    alone, together = (run(world, p, tmp_path / str(p.training.gpus), video=False) for p in (one, two))
+    np.testing.assert_allclose(alone[0].history["loss"], together[0].history["loss"], rtol=2e-4)
+
+
+def test_a_process_that_fails_is_told_with_its_reason(tmp_path, world, make_profile, monkeypatch):
+    monkeypatch.setattr(distributed, "TAIL", 60)
+    profile = settings(make_profile, training__gpus=2, training__learning_rate_lora=1e30)
+    with pytest.raises(TrainingError, match=r"(?s)process failed.*the loss became"):
+        run(world, profile, tmp_path)
+
+
+def test_nothing_outlives_the_notebook_that_started_it():
+    """A process whose parent is gone ends by itself."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    code = f"from helpers.distributed import _end_with; _end_with({gone.pid})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo_root(), timeout=60).returncode == 1
+
+
+def test_more_gpus_than_there_are_are_refused(tmp_path, world, make_profile, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(TrainingError, match="training.gpus is 2, but this machine has 1"):
+        distributed.train_in_processes(2, world[0][0], "f", make_profile(), tmp_path, video=True)
+
+
+# ---- Shares --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answers", [[3, 1, 1, 2, 5], [2], [1, 1]])
+def test_shares_make_the_mean_over_processes_that_over_all_tokens(monkeypatch, answers):
+    """Losses of made-up tokens: the mean of the processes' weighted means is the mean over every token."""
+    losses = [[float(10 * row + token) for token in range(count)] for row, count in enumerate(answers)]
+    weighted = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world", lambda: 2)
+        batch = distributed.Shared(lambda rows: {"rows": list(rows)}, lambda row: answers[row])(range(len(answers)))
+        own = [loss for row in batch["rows"] for loss in losses[row]]
+        weighted.append(batch["share"] * sum(own) / len(own))
+    every = [loss for row in losses for loss in row]
+    assert sum(weighted) / 2 == pytest.approx(sum(every) / len(every))
+
+
+# ---- Encoding ------------------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """The parts of an encoder that the cache asks for; notes on which copy each batch was encoded."""
+
+    key, embed_dim, frames_per_group, image_size = "counting", 4, 16, 32
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        self.batches: list[int] = []
+        self.copies = [self.batches]
+
+    def __deepcopy__(self, memo):
+        twin = Counting()
+        self.copies.append(twin.batches)
+        return twin
+
+    def forward(self, frames, lengths):
+        self.batches.append(len(frames))
+        return (frames.float() / 255).mean((2, 3)) @ self.weight
+
+
+def test_two_encoders_take_turns_and_give_the_same_table(tmp_path, world, make_profile):
+    folder, data = world[1].path.parent / "01" / "frames", make_profile().data
+    one, two = Counting(), Counting()
+    cache_features(folder, tmp_path / "one.lance", one, data, 5)
+    cache_features(folder, tmp_path / "two.lance", two, data, 5, gpus=2)
+    first, second = (FeatureTable(tmp_path / name) for name in ("one.lance", "two.lance"))
+    for groups in (1, 2, 3):
+        for a, b in zip(first.fetch(first.ids, groups), second.fetch(second.ids, groups), strict=True):
+            np.testing.assert_array_equal(a, b)
+    counts = [len(batches) for batches in two.copies]
+    assert len(counts) == 2 and sum(counts) == len(one.batches) and max(counts) - min(counts) <= 1
+
+
+def test_more_gpus_to_encode_on_than_there_are_are_refused(monkeypatch):
+    from helpers.store import _copies
+
+    class OnGpu:
+        def parameters(self):
+            return iter([type("P", (), {"device": torch.device("cuda")})()])
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(StoreError, match="encoder.gpus is 2, but this machine has 1"):
+        _copies(OnGpu(), 2)
