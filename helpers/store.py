@@ -616,8 +616,8 @@ def cache_features(
     gpus: how many take the batches in turn, each with a copy of the encoder; which one encodes a batch changes nothing.
 
     Raises:
-        StoreError: the encoder does not fit the frames, there are fewer GPUs, an embedding is not finite, or `out` holds rows of another
-            encoder or of other frames.
+        StoreError: the encoder does not fit the frames, an embedding is not finite, too few GPUs, or `out` holds
+            rows of another encoder or of other frames.
         workspace.DiskFull: the table does not fit.
         workspace.DeadlineReached: the time was up before the last GIF was encoded; what is encoded is kept.
     """

@@ -474,7 +474,7 @@ def test_measuring_the_pace_costs_no_step(tmp_path, world, monkeypatch):
 def test_the_margin_before_the_deadline_is_three_saves(world, tmp_path):
     control = training.RunControl.__new__(training.RunControl)
     flags = SimpleNamespace(should_training_stop=False, should_save=False)
-    control.trainer = SimpleNamespace(plan=range(1000))
+    control.trainer = SimpleNamespace(plan=range(1000), args=SimpleNamespace(device=torch.device("cpu")))
     control.training = toy_config(log_steps=10**6).training
     control.signals, control.evaluate, control.longest_step, control.last_step = [], None, 0.0, math.inf
     now = training.time.perf_counter()

@@ -12,7 +12,7 @@ from helpers import distributed
 from helpers.corpora import shapes
 from helpers.models.gif_qa import GifQAModel
 from helpers.models.xclip import FrameEncoder, load_xclip
-from helpers.store import FeatureTable, StoreError, cache_features, read_questions, shard_gifs
+from helpers.store import FeatureTable, StoreError, cache_features, shard_gifs
 from helpers.training import TrainingError, hold_out, train, trainable
 from helpers.workspace import repo_root
 
@@ -99,7 +99,7 @@ def test_nothing_outlives_the_notebook_that_started_it():
 def test_more_gpus_than_there_are_are_refused(tmp_path, world, make_profile, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(TrainingError, match="training.gpus is 2, but this machine has 1"):
+    with pytest.raises(TrainingError, match=r"training\.gpus is 2, but this machine has 1"):
         distributed.train_in_processes(2, world[0][0], "f", make_profile(), tmp_path, video=True)
 
 
@@ -166,5 +166,5 @@ def test_more_gpus_to_encode_on_than_there_are_are_refused(monkeypatch):
             return iter([type("P", (), {"device": torch.device("cuda")})()])
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(StoreError, match="encoder.gpus is 2, but this machine has 1"):
+    with pytest.raises(StoreError, match=r"encoder\.gpus is 2, but this machine has 1"):
         _copies(OnGpu(), 2)
