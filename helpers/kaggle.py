@@ -762,7 +762,7 @@ def _resume(argv: Sequence[str]) -> int:
 
 
 def _go(plan: Plan, state: dict[str, Any], deadline: float) -> int:
-    from helpers.report import score_table, write_report
+    from helpers.report import print_scores, write_report
 
     again = f"To go on: ./run_all.sh kaggle resume --run {plan.run}"
     try:
@@ -778,9 +778,7 @@ def _go(plan: Plan, state: dict[str, Any], deadline: float) -> int:
         raise Failed(f"{error}\n{again}") from error
     finally:
         release_lock(plan.folder / ".kaggle.lock")
-    table = score_table(plan.folder)
-    if table is not None:
-        print(f"\n{table.to_string(na_rep='-', float_format=lambda value: f'{value:.3f}')}\n")
+    print_scores(plan.folder)
     print(f"Report: {write_report(plan.suite, plan.folder, plan.profile)}")
     return code
 

@@ -25,14 +25,23 @@ import pandas as pd
 
 from helpers.config import ConfigError, Profile
 from helpers.stage import StageSpec, find_stage, read_manifest
-from helpers.workspace import KAGGLE_INPUT, MARGIN_SECONDS, SESSION_HOURS, gpus, platform, runs_root, session_name
+from helpers.workspace import (
+    KAGGLE_INPUT,
+    MARGIN_SECONDS,
+    PACE_FILE,
+    SESSION_HOURS,
+    gpus,
+    platform,
+    runs_root,
+    session_name,
+)
 
 HOUR, WEEK = 3600.0, 7 * 86400.0
 FIRST_REFRESH = 2 * 86400.0  # Saturday 00:00 UTC, assumed until the account has told its own time
 BEAT_SECONDS = 60.0  # between two lines of a session: what a death leaves uncounted
 USEFUL_SECONDS = 900.0  # less time than this only loads models: a stage that does not fit into it is not started
 START_UP_SECONDS = 300.0  # of a stage: a new kernel, imports and models, before its first step
-PROBE_STEPS = 20  # of training, measured before the stage is let go on
+PROBE_STEPS = 20  # of training, or batches of encoding, measured before the stage is let go on
 ATTACHED_DEPTH = 6  # folders between /kaggle/input and another session's ledger
 
 
@@ -337,8 +346,9 @@ def _pace(folder: Path) -> tuple[float, int, int] | None:
 
 
 def _trained(folder: Path) -> tuple[float, str] | None:
-    """Forecast training and its blind twin from their checkpoints."""
-    main, blind = _pace(folder), _pace(folder / "blind_run")
+    """Forecast training and its blind twin from their checkpoints (notebook 05 keeps both in folders)."""
+    main = _pace(folder) or _pace(folder / "main")
+    blind = _pace(folder / "blind_run") or _pace(folder / "blind")
     if main is None:
         return None
     pace, done, steps = main
@@ -346,6 +356,16 @@ def _trained(folder: Path) -> tuple[float, str] | None:
     # a twin that has not begun sees no video tokens: the model's own pace is more than it will take
     seconds += blind[0] * (blind[2] - blind[1]) if blind else pace * steps
     return seconds + START_UP_SECONDS, f"{pace:.2f} s a step, {done:,} of {steps:,} steps done, and the blind twin"
+
+
+def _encoded(folder: Path) -> tuple[float, str] | None:
+    """Forecast what is left to encode from the pace of the session that stopped before the end."""
+    try:
+        pace = json.loads((folder / PACE_FILE).read_text(encoding="utf-8"))
+        rate, left = pace["groups"] / pace["seconds"], pace["total"] - pace["groups"]
+    except (OSError, ValueError, KeyError, ZeroDivisionError):  # none, or torn
+        return None
+    return left / rate + START_UP_SECONDS, f"{rate:.1f} groups a second, {left:,} to encode"
 
 
 def _measured(spec: StageSpec, profile: Profile, names: set[str]) -> tuple[float, str] | None:
@@ -368,9 +388,9 @@ def forecast(spec: StageSpec, profile: Profile, run_folder: Path, given_bundle: 
     manifest = read_manifest(find_stage(run_folder, spec.name))
     if manifest and manifest["status"] == "complete" and not spec.always:
         return Forecast(spec.name, 0.0, "done", spec.gpu)
-    if given_bundle and spec.probe:
+    if given_bundle and spec.name == "03_adapter_training":
         return Forecast(spec.name, START_UP_SECONDS, "the given bundle is only copied", spec.gpu)
-    if found := _trained(folder):
+    if found := _trained(folder) or _encoded(folder):
         return Forecast(spec.name, *found, spec.gpu, measured=True)
     if found := _measured(spec, profile, {gpu.name for gpu in gpus()}):
         return Forecast(spec.name, *found, spec.gpu)

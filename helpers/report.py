@@ -1,5 +1,6 @@
 """The report of a run: one HTML file with scores, figures, settings and environment, readable without network."""
 
+import base64
 import html
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ SCORES = {
     "count_mse": "Count MSE (lower is better)",
     "count_accuracy": "Count accuracy",
 }
+SCIENCE = {"accuracy": "all problems", "IMG": "with an image", "TXT": "with a hint", "NO": "with neither"}
+SCIENCE_COLUMNS = {"": "model", "text_only_": "text-only twin", "shuffled_": "shuffled images", "majority_": "majority"}
 COLUMNS = {"": "model", "blind_": "blind", "shuffled_": "shuffled", "majority_": "majority"}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -29,18 +32,31 @@ h1, h2, h3 { line-height: 1.2; }
 """
 
 
-def score_table(run_folder: Path) -> pd.DataFrame | None:
-    """Return the scores of a run's evaluation, one row a task, one column a way of answering; None without any."""
-    manifest = read_manifest(find_stage(run_folder, "04_evaluation"))
-    if manifest is None:
-        return None
-    metrics = manifest["metrics"]
-    rows = {
-        label: {column: metrics.get(prefix + name) for prefix, column in COLUMNS.items()}
-        for name, label in SCORES.items()
-        if metrics.get(name) is not None
+def score_tables(run_folder: Path) -> dict[str, pd.DataFrame]:
+    """Return the scores of a run by title: one row a measure, one column a way of answering; nothing unmeasured."""
+    wanted = {
+        "GIF question answering": ("04_evaluation", SCORES, COLUMNS),
+        "ScienceQA, accuracy (%)": ("05_adem_scienceqa", SCIENCE, SCIENCE_COLUMNS),
     }
-    return pd.DataFrame.from_dict(rows, orient="index").astype(float).dropna(axis=1, how="all") if rows else None
+    tables = {}
+    for title, (stage, names, columns) in wanted.items():
+        manifest = read_manifest(find_stage(run_folder, stage))
+        metrics = manifest["metrics"] if manifest else {}
+        rows = {
+            label: {column: metrics.get(prefix + name) for prefix, column in columns.items()}
+            for name, label in names.items()
+            if metrics.get(name) is not None
+        }
+        if rows:
+            tables[title] = pd.DataFrame.from_dict(rows, orient="index").astype(float).dropna(axis=1, how="all")
+    return tables
+
+
+def print_scores(run_folder: Path) -> None:
+    """Print the scores of a run, if there are any."""
+    for title, table in score_tables(run_folder).items():
+        print(f"\n{title}\n{table.to_string(na_rep='-', float_format=lambda value: f'{value:.3f}')}")
+    print()
 
 
 def _text(value: Any) -> str:
@@ -61,10 +77,20 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _image(alt: str, kind: str, data: bytes) -> str:
+    return f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{base64.b64encode(data).decode()}">'
+
+
 def _figures(notebook: Path) -> list[str]:
-    """Return the pictures and tables of an executed notebook as HTML, each under the heading that stands before it."""
+    """Return the pictures and tables of an executed notebook as HTML, each under the heading that stands before it.
+
+    A stage that came without its notebook, as from Kaggle, shows the figures that it saved.
+    """
     parts, heading = [], ""
-    for cell in nbformat.read(notebook, as_version=4).cells if notebook.is_file() else []:
+    if not notebook.is_file():
+        saved = sorted((notebook.parent / "figures").glob("*.png"))
+        return [_image(path.stem.replace("_", " "), "image/png", path.read_bytes()) for path in saved]
+    for cell in nbformat.read(notebook, as_version=4).cells:
         if cell.cell_type == "markdown":
             titles = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("## ")]
             heading = titles[-1] if titles else heading
@@ -72,8 +98,7 @@ def _figures(notebook: Path) -> list[str]:
             data = output.get("data", {})
             kind = next((kind for kind in ("image/png", "image/jpeg") if kind in data), None)
             if kind:
-                image = "".join(data[kind].split())
-                parts.append((heading, f'<img alt="{html.escape(heading)}" src="data:{kind};base64,{image}">'))
+                parts.append((heading, _image(heading, kind, base64.b64decode(data[kind]))))
             elif any(tag in data.get("text/html", "") for tag in ("<table", "<img")):
                 parts.append((heading, data["text/html"]))
     shown, last = [], ""
@@ -90,7 +115,7 @@ def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
 
     Figures and tables are those of the executed notebooks, embedded, so that the one file can be sent to someone.
     """
-    scores = score_table(run_folder)
+    scores = score_tables(run_folder)
     stages = {}
     for spec in suite.stages:
         folder = find_stage(run_folder, spec.name)
@@ -99,10 +124,13 @@ def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
             stages[spec.name] = (spec, folder, manifest)
     body = [f"<h1>GIF question answering: run {_text(run_folder.name)}</h1>"]
     body.append(f"<p>Profile {_text(profile.name)}, corpus {_text(profile.data.corpus)}.</p><h2>Scores</h2>")
-    body.append(scores.to_html(float_format="%.3f", na_rep="-") if scores is not None else "<p>Not evaluated yet.</p>")
+    for title, table in scores.items():
+        body.append(f"<h3>{html.escape(title)}</h3>{table.to_html(float_format='%.3f', na_rep='-')}")
     body.append(
-        "<p>Blind: the same model trained without the video. Shuffled: each GIF replaced by another one. "
-        "Majority: the commonest answer. A model that uses the video stands well clear of all three.</p>"
+        "<p>Blind, text-only: the same model trained without the video or image. Shuffled: each replaced by another "
+        "one. Majority: the commonest answer. A model that looks stands well clear of all three.</p>"
+        if scores
+        else "<p>Not evaluated yet.</p>"
     )
     body.append("<h2>Stages</h2><table><tr><th>stage</th><th>status</th><th>seconds</th><th>finished</th></tr>")
     for name, (_, folder, manifest) in stages.items():

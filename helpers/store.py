@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from helpers.corpora import Corpus, reject_table
 from helpers.fetch import FetchError, fetch_all
 from helpers.gifs import GifRejected, Limits, decode, decode_frames, encode_frames, read_gif
-from helpers.workspace import DeadlineReached, require_disk
+from helpers.stage import write_json
+from helpers.workspace import PACE_FILE, DeadlineReached, probe_steps, require_disk
 
 if TYPE_CHECKING:
     import torch
@@ -641,6 +642,7 @@ def cache_features(
         order = np.argsort(np.array(done.to_table(columns=["gif_sha256"])["gif_sha256"].to_pylist(), dtype=object))
         _write_sorted(done, order, schema, out)
     shutil.rmtree(work, ignore_errors=True)
+    out.with_name(PACE_FILE).unlink(missing_ok=True)
     return Cached(
         len(table), plan.total, plan.groups_in(plan.batches_of(missing)), time.monotonic() - started, _megabytes(out)
     )
@@ -730,9 +732,11 @@ def _encode_missing(
     meta: dict[int, dict[str, Any]] = {}  # rows of GIFs begun and not finished, without their frames
     outputs: dict[int, list[np.ndarray]] = {}
     finished: list[dict[str, Any]] = []
-    committed = time.monotonic()
+    started = committed = time.monotonic()
+    last = probe_steps()
     with tqdm(total=plan.groups_in(batches), desc="encoding frames", unit="group", mininterval=1) as progress:
-        for owners, embeddings in _encoded_batches(table, plan, batches, encoders, meta, workers):
+        encoded = _encoded_batches(table, plan, batches, encoders, meta, workers)
+        for number, (owners, embeddings) in enumerate(encoded, 1):
             for group, values in zip(owners, embeddings, strict=True):
                 gif = plan.gif(group)
                 outputs.setdefault(gif, []).append(values)
@@ -745,8 +749,10 @@ def _encode_missing(
             if len(finished) >= BATCH_GIFS or time.monotonic() - committed > BATCH_SECONDS:
                 upsert_features(path, finished, schema)
                 finished, committed = [], time.monotonic()
-            if time.monotonic() > ends and progress.n < progress.total:
+            if (time.monotonic() > ends or number >= last) and progress.n < progress.total:
                 upsert_features(path, finished, schema)
+                pace = {"groups": progress.n, "seconds": time.monotonic() - started, "total": progress.total}
+                write_json(path.with_name(PACE_FILE), pace)
                 raise DeadlineReached(f"time is up: {progress.n:,} of {progress.total:,} groups are encoded and kept")
         upsert_features(path, finished, schema)
 

@@ -628,7 +628,7 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
 
     deadline: when to save and stop, in seconds since 1970; the platform's and the quota's own limits come on top.
     """
-    from helpers.report import score_table, write_report
+    from helpers.report import print_scores, write_report
 
     limited, said = quota.limited(plan.weekly_hours), set()
     try:
@@ -655,9 +655,8 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
         if code == REFUSED:
             return code
         report = write_report(plan.suite, plan.folder, plan.profile)
-        table = score_table(plan.folder)
-        if table is not None and code == DONE:
-            print(f"\n{table.to_string(na_rep='-', float_format=lambda value: f'{value:.3f}')}\n")
+        if code == DONE:
+            print_scores(plan.folder)
         print(f"Report: {report}")
         return code
     finally:

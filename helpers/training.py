@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from helpers.distributed import Shared, any_of, barrier, mean_of, rank, train_in_processes, world
-from helpers.workspace import compute_dtype, device
+from helpers.workspace import compute_dtype, device, probe_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -570,8 +570,7 @@ class RunControl(TrainerCallback):
     def __init__(self, trainer: "AdapterTrainer", job: Job, ends: float, signals: list[int], evaluate: Any):
         self.trainer, self.training, self.signals, self.evaluate = trainer, job, signals, evaluate
         self.ends = ends  # on the clock of time.perf_counter
-        probe = os.environ.get("SUITE_PROBE_STEPS")  # the runner measures the pace on so many steps
-        self.last_step = len(trainer.recorder.rows) + int(probe) if probe else math.inf
+        self.last_step = len(trainer.recorder.rows) + probe_steps()
         self.saved = self.last = time.perf_counter()
         self.longest_step = 0.0
         size = sum(p.numel() * p.element_size() for p in trainable(trainer.model).values())

@@ -200,6 +200,14 @@ def _colab_secret(name: str) -> str | None:
         return None
 
 
+PACE_FILE = "encoding.json"  # in a stage's folder: the pace of encoding that stopped before its end
+
+
+def probe_steps() -> float:
+    """Steps after which a stage is to stop and keep what it has, since the runner only measures its pace; else inf."""
+    return float(os.environ.get("SUITE_PROBE_STEPS") or math.inf)
+
+
 def device() -> "torch.device":
     """Return the GPU if there is one, else the CPU."""
     import torch

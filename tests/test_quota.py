@@ -254,6 +254,17 @@ def test_forecast_comes_from_the_stages_own_steps_and_says_so(tmp_path, monkeypa
     assert quota.forecast(spec, profile, run).seconds == 2000 + quota.START_UP_SECONDS
 
 
+def test_forecast_of_notebook_05_comes_from_its_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    folder = tmp_path / "r" / "05_adem_scienceqa"
+    for name in ("main", "blind"):
+        (folder / name / "checkpoints").mkdir(parents=True)
+    checkpoint(folder / "main", 500, 500, 1000.0)
+    checkpoint(folder / "blind", 100, 500, 100.0)
+    told = quota.forecast(SUITE.spec("05_adem_scienceqa"), load_profile("kaggle"), tmp_path / "r")
+    assert told.measured and told.seconds == 400 + quota.START_UP_SECONDS
+
+
 def test_forecast_of_a_finished_stage_of_its_twin_in_another_run_and_of_a_given_bundle(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
     monkeypatch.setattr(quota, "gpus", lambda: [SimpleNamespace(name="Tesla T4"), SimpleNamespace(name="Tesla T4")])

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers import store
+from helpers import quota, store
 from helpers.config import DataConfig
 from helpers.corpora import Corpus, question_row, question_table, reject_table
 from helpers.fetch import FetchError
@@ -399,6 +399,25 @@ def test_a_deadline_keeps_what_is_encoded_and_the_next_call_goes_on(tmp_path, fr
     assert not (tmp_path / "parts.lance").exists()
     assert 0 < len(table_rows(tmp_path / "parts.lance.unfinished")) < whole.gifs
     cache_features(frames_folder, tmp_path / "parts.lance", Encoder(), data_config(), batch_groups=7)
+    assert table_rows(tmp_path / "whole.lance") == table_rows(tmp_path / "parts.lance")
+
+
+def test_measuring_the_pace_of_encoding_keeps_what_it_encodes(tmp_path, frames_folder, monkeypatch):
+    """The runner lets a stage encode a few batches, forecasts the rest from them, and lets it go on."""
+    whole = cache_features(frames_folder, tmp_path / "whole.lance", Encoder(), data_config(), batch_groups=3)
+    monkeypatch.setenv("SUITE_PROBE_STEPS", "2")
+    with pytest.raises(DeadlineReached, match=f"6 of {whole.groups} groups"):
+        cache_features(frames_folder, tmp_path / "parts.lance", Encoder(), data_config(), batch_groups=3)
+    pace = json.loads((tmp_path / "encoding.json").read_text())
+    assert (pace["groups"], pace["total"]) == (6, whole.groups) and pace["seconds"] > 0
+    told = quota._encoded(tmp_path)
+    rate = 6 / pace["seconds"]
+    assert told[0] == pytest.approx((whole.groups - 6) / rate + quota.START_UP_SECONDS)
+    assert f"{whole.groups - 6} to encode" in told[1]
+    monkeypatch.delenv("SUITE_PROBE_STEPS")
+    rest = cache_features(frames_folder, tmp_path / "parts.lance", Encoder(), data_config(), batch_groups=3)
+    assert rest.encoded_groups < whole.groups and not (tmp_path / "encoding.json").exists()
+    assert quota._encoded(tmp_path) is None
     assert table_rows(tmp_path / "whole.lance") == table_rows(tmp_path / "parts.lance")
 
 

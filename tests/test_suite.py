@@ -20,7 +20,7 @@ from helpers import quota, workspace
 from helpers import stage as stages
 from helpers import suite as runner
 from helpers.config import ConfigError, load_profile
-from helpers.report import score_table, write_report
+from helpers.report import print_scores, score_tables, write_report
 from helpers.suite import PAUSED, REFUSED, Failed, Paused, main, parse_deadline
 from helpers.workspace import repo_root
 
@@ -258,9 +258,9 @@ def test_training_is_measured_on_a_few_steps_that_are_kept(world, on_kaggle, cap
     assert world.run("--profile", "kaggle") == 0 and world.ran == [] and on_kaggle.asked
 
 
-def test_training_that_ends_within_its_measurement_is_not_run_twice(world, on_kaggle):
+def test_a_stage_that_ends_within_its_measurement_is_not_run_twice(world, on_kaggle):
     assert world.run("--profile", "tiny") == 0 and world.ran == NAMES
-    assert on_kaggle.probes == [None, None, str(quota.PROBE_STEPS), None]
+    assert on_kaggle.probes == [None, str(quota.PROBE_STEPS), str(quota.PROBE_STEPS), None]
 
 
 def test_dead_token_or_endpoint_stops_nothing(world, on_kaggle, monkeypatch, capsys):
@@ -462,14 +462,33 @@ def test_report_holds_scores_figures_and_no_markup_of_the_data(tmp_path, world):
     assert "<script>" not in page and "http" not in page.replace("http-equiv", "")
 
 
-def test_score_table_leaves_out_what_was_not_measured(tmp_path):
-    folder = tmp_path / "run" / "04_evaluation"
-    folder.mkdir(parents=True)
-    assert score_table(tmp_path / "run") is None
-    metrics = {"count_mse": 0.4, "majority_count_mse": 5.0, "blind_count_mse": None}
-    (folder / "stage.json").write_text(json.dumps({"status": "complete", "metrics": metrics}))
-    table = score_table(tmp_path / "run")
-    assert table.to_dict("index") == {"Count MSE (lower is better)": {"model": 0.4, "majority": 5.0}}
+def test_a_stage_that_came_without_its_notebook_is_shown_with_its_saved_figures(tmp_path, world):
+    """As stages from Kaggle do: what is pulled are their outputs."""
+    world.run()
+    folder = world.runs / "tiny" / "04_evaluation"
+    (folder / "04_evaluation.ipynb").unlink(missing_ok=True)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "count_errors.png").write_bytes(b"hello")
+    page = write_report(stages.load_suite(stages.suite_file()), world.runs / "tiny", load_profile("tiny")).read_text()
+    assert '<img alt="count errors" src="data:image/png;base64,aGVsbG8=">' in page
+
+
+def test_scores_leave_out_what_was_not_measured(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert score_tables(run) == {}
+    measured = {
+        "04_evaluation": {"count_mse": 0.4, "majority_count_mse": 5.0, "blind_count_mse": None},
+        "05_adem_scienceqa": {"accuracy": 93.0, "IMG": 89.8, "text_only_IMG": 42.0, "SOC": 1.0},
+    }
+    for name, metrics in measured.items():
+        (run / name).mkdir(parents=True)
+        (run / name / "stage.json").write_text(json.dumps({"status": "complete", "metrics": metrics}))
+    gifs, science = score_tables(run).values()
+    assert gifs.to_dict("index") == {"Count MSE (lower is better)": {"model": 0.4, "majority": 5.0}}
+    assert science.loc["with an image"].to_dict() == {"model": 89.8, "text-only twin": 42.0}
+    assert science.index.tolist() == ["all problems", "with an image"]
+    print_scores(run)
+    assert "ScienceQA, accuracy (%)" in (out := capsys.readouterr().out) and "89.800" in out and "0.400" in out
 
 
 def test_readme_table_is_made_between_its_marks(tmp_path, world):
