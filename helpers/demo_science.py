@@ -71,10 +71,9 @@ def find_problems(folder: Path, config: AdemConfig, data: str = "") -> pd.DataFr
     """
     if data:
         source = given_folder(data)
-    elif config.corpus == "scienceqa" and list(KAGGLE_INPUT.glob("**/problems.json")):
-        source = find_attached(KAGGLE_INPUT)
     else:
-        source = diagrams.write(folder, seed=BUILT_IN_SEED, train=0, val=0, test=BUILT_IN_PROBLEMS)
+        attached = find_attached(KAGGLE_INPUT) if config.corpus == "scienceqa" else None
+        source = attached or diagrams.write(folder, seed=BUILT_IN_SEED, train=0, val=0, test=BUILT_IN_PROBLEMS)
     problems = load(source, splits=("test",), captions=(source / "captions.json").is_file()).problems
     problems = problems.sort_values("image", key=lambda path: path == "", kind="stable").drop_duplicates("skill")
     return problems.head(MAX_PROBLEMS).reset_index(drop=True)

@@ -21,7 +21,17 @@ from torch.utils.data import Dataset
 
 from helpers.config import AdemConfig
 from helpers.corpora import diagrams, reject_table
-from helpers.corpora.scienceqa import ANSWER_START, ScienceQA, find_attached, load, open_image, prompt, protocol, target
+from helpers.corpora.scienceqa import (
+    ANSWER_START,
+    ScienceQA,
+    fetch,
+    find_attached,
+    load,
+    open_image,
+    prompt,
+    protocol,
+    target,
+)
 from helpers.models.adem_vl import AdemVL, Encoded, PromptTooLong, collate, encode, image_tensor
 from helpers.training import CONTRACT, Job, Plan, TrainingError, TrainResult, fit, trainable
 from helpers.workspace import KAGGLE_INPUT
@@ -51,11 +61,12 @@ BETAS = (0.9, 0.95)  # of AdamW, in the official code
 def load_problems(config: AdemConfig, folder: Path | str, data: Path | str = "") -> ScienceQA:
     """The train and test problems, with captions: of `data`, a folder in ScienceQA's official layout, if given.
 
-    Else of what `adem.corpus` names: the built-in world, which is written to `folder`, or ScienceQA as attached on
-    Kaggle. Raises CorpusError for files that are missing or broken, or if there is no ScienceQA.
+    Else of what `adem.corpus` names: the built-in world, which is written to `folder`, or ScienceQA, which is taken as
+    attached on Kaggle or else fetched into `folder`. Raises CorpusError for files that are missing or broken, or if
+    ScienceQA cannot be had.
     """
     if not data and config.corpus == "scienceqa":
-        data = find_attached(KAGGLE_INPUT)
+        data = find_attached(KAGGLE_INPUT) or fetch(folder, ("train", "test"))
     if not data:
         sizes = {"train": config.world_train, "val": VALIDATION, "test": config.world_test}
         data = diagrams.write(folder, seed=config.world_seed, **sizes)

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from helpers import training
 from helpers import training_scienceqa as science
 from helpers.config import ConfigError, load_profile
-from helpers.corpora import CorpusError, diagrams
+from helpers.corpora import CorpusError, diagrams, scienceqa
 from helpers.corpora.scienceqa import load
 from helpers.models.adem_vl import AdemVLError
 from helpers.training import CheckpointError, TrainingError
@@ -259,7 +259,9 @@ def test_the_world_or_a_folder_of_yours(tmp_path, make_config):
 
 def test_scienceqa_that_is_nowhere_names_the_way_out(tmp_path, make_config, monkeypatch):
     monkeypatch.setattr(science, "KAGGLE_INPUT", tmp_path)
-    with pytest.raises(CorpusError, match=r"there are none\. Attach one, or name your copy: -p data FOLDER"):
+    nowhere = dict.fromkeys(scienceqa.TEXTS, "http://127.0.0.1:9/none")
+    monkeypatch.setattr(scienceqa, "TEXTS", nowhere)
+    with pytest.raises(CorpusError, match=r"could not be fetched .* attach a copy on Kaggle.* -p data FOLDER"):
         science.load_problems(make_config(corpus="scienceqa"), tmp_path / "w")
     for name in ("a", "b"):
         world = diagrams.write(tmp_path / name / "deep", seed=1, train=2, val=1, test=1)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import urllib.request
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,11 @@ from typing import Any
 
 import pandas as pd
 from PIL import Image
+from tqdm.auto import tqdm
 
 from helpers.config import nearest
 from helpers.corpora import CorpusError, RowError, reject_table, require_questions
+from helpers.workspace import require_disk
 
 SPLITS = ("train", "val", "test")
 SUBJECTS = ("natural science", "social science", "language science")
@@ -40,6 +45,16 @@ PROBLEM_COLUMNS = [
 ]
 ANSWER_START = "The answer is"
 ORDERS = ("QCM-A", "CQM-A")
+
+
+TEXTS = {
+    "problems.json": "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa/problems.json",
+    "pid_splits.json": "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa/pid_splits.json",
+    "captions.json": "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/captions.json",
+}
+IMAGES = "https://scienceqa.s3.us-west-1.amazonaws.com/images/{split}.zip"
+GIGABYTES = 3.0  # asked for before fetching: archives and images together, generously
+MAX_IMAGE_BYTES = 50_000_000
 
 
 # ---- The files -----------------------------------------------------------------------------------------------------
@@ -96,21 +111,76 @@ def load(folder: str | Path, splits: Sequence[str] = SPLITS, captions: bool = Fa
     return ScienceQA(problems.astype({"answer": "int64", "grade": "int64"}), reject_table(rejects))
 
 
-def find_attached(inputs: str | Path) -> Path:
-    """The folder below `inputs` that holds problems.json and pid_splits.json, whatever it is called.
+def find_attached(inputs: str | Path) -> Path | None:
+    """The folder below `inputs` that holds problems.json and pid_splits.json, whatever it is called; None without one.
 
-    Raises `CorpusError` if there is none, or more than one.
+    Raises `CorpusError` if there is more than one.
     """
     files = sorted(Path(inputs).glob("**/problems.json"))
     found = [path.parent for path in files if (path.parent / "pid_splits.json").is_file()]
-    if len(found) == 1:
-        return found[0]
-    listed = f"several: {', '.join(map(str, found))}" if found else "none"
-    raise CorpusError(
-        f"ScienceQA is wanted, and of folders with problems.json and pid_splits.json below {inputs} there are {listed}."
-        " Attach one, or name your copy: -p data FOLDER. The JSON files are in data/scienceqa of"
-        " github.com/lupantech/ScienceQA; its tools/download.sh fetches images/train, images/val and images/test."
-    )
+    if len(found) > 1:
+        raise CorpusError(
+            f"several folders below {inputs} hold ScienceQA: {', '.join(map(str, found))}. Name one: -p data FOLDER"
+        )
+    return found[0] if found else None
+
+
+def fetch(folder: str | Path, splits: Sequence[str] = SPLITS) -> Path:
+    """Fetch ScienceQA from its authors' addresses into `folder`, in the official layout, and return `folder`.
+
+    What an earlier call finished is not fetched again. Raises `CorpusError` with every way out if that fails.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    require_disk(folder, GIGABYTES, "Fetching ScienceQA")
+    try:
+        for name, url in TEXTS.items():
+            if not (folder / name).is_file():
+                partial = _download(url, folder / f"{name}.part")
+                read_json(partial)
+                partial.replace(folder / name)
+        for split in splits:
+            if not (folder / "images" / split).is_dir():
+                archive = _download(IMAGES.format(split=split), folder / f"{split}.zip.part")
+                _unpack(archive, folder / "images" / split)
+                archive.unlink()
+    except (OSError, CorpusError, zipfile.BadZipFile) as error:
+        raise CorpusError(
+            f"ScienceQA could not be fetched ({error}). Run again; or attach a copy on Kaggle; or name your own copy: "
+            "-p data FOLDER. The JSON files are in data/ of github.com/lupantech/ScienceQA; its tools/download.sh "
+            "fetches images/train, images/val and images/test."
+        ) from error
+    return folder
+
+
+def _download(url: str, path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    with urllib.request.urlopen(url, timeout=60) as answer, path.open("wb") as file:
+        length = int(answer.headers.get("Content-Length") or 0)
+        with tqdm(total=length or None, desc=url.rsplit("/", 1)[-1], unit="B", unit_scale=True) as bar:
+            while chunk := answer.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if length and path.stat().st_size != length:
+        raise OSError(f"{url} was cut short: {path.stat().st_size:,} of {length:,} bytes")
+    return path
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Write every <pid>/image.png of a split's archive into `folder`, at once or not at all; other names are left."""
+    staging = folder.with_name(f".{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    with zipfile.ZipFile(archive) as opened:
+        for member in opened.infolist():
+            match = re.fullmatch(r"(?:[A-Za-z0-9_-]+/)*([A-Za-z0-9_-]+)/(image\.[a-z]+)", member.filename)
+            if match is None or member.file_size > MAX_IMAGE_BYTES:
+                continue
+            (staging / match[1]).mkdir(exist_ok=True)
+            (staging / match[1] / match[2]).write_bytes(opened.read(member))
+    if not any(staging.iterdir()):
+        raise CorpusError(f"{archive.name} holds no <problem>/image.png")
+    staging.rename(folder)
 
 
 def read_records(path: str | Path) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,9 @@
 """ScienceQA: the official layout read strictly, prompts by hand, bad input; and the real slice where it is at hand."""
 
+import http.server
 import json
+import threading
+import zipfile
 
 import pytest
 from PIL import Image
@@ -186,3 +189,85 @@ def test_the_real_slice_is_read_without_a_reject(shared_data):
     assert scienceqa.open_image(pictured.image.iloc[0]).mode == "RGB"
     texts = [prompt(row, PromptStyle("CQM-A", True)) for row in problems.to_dict("records")]
     assert len(set(texts)) > 1700 and all(text.endswith("\nResponse:") for text in texts)
+
+
+# ---- Fetching ----
+
+
+@pytest.fixture
+def site(tmp_path, write, monkeypatch):
+    """The authors' addresses on loopback: the folder that is served, and what was asked for."""
+    problems = {"1": record(image="image.png"), "2": record(split="test", image="image.png"), "3": record(split="test")}
+    made = write(problems, captions={"1": "a red bar"}, drawn=("1", "2"))
+    served = tmp_path / "served"
+    served.mkdir()
+    for name in scienceqa.TEXTS:
+        (made / name).rename(served / name)
+    for split, pid in (("train", "1"), ("test", "2")):
+        picture = (made / "images" / split / pid / "image.png").read_bytes()
+        with zipfile.ZipFile(served / f"{split}.zip", "w") as archive:
+            archive.writestr(f"{split}/{pid}/image.png", picture)
+            archive.writestr(f"{split}/../../evil/image.png", picture)
+            archive.writestr("/etc/evil/image.png", picture)
+            archive.writestr(f"{split}/{pid}/choice_0.png", picture)
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(served))
+
+        def do_GET(self):
+            asked.append(self.path.strip("/"))
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    root = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(scienceqa, "TEXTS", {name: f"{root}/{name}" for name in scienceqa.TEXTS})
+    monkeypatch.setattr(scienceqa, "IMAGES", root + "/{split}.zip")
+    yield served, asked
+    server.shutdown()
+
+
+def test_what_is_fetched_is_the_official_layout_and_is_fetched_once(tmp_path, site):
+    _, asked = site
+    folder = scienceqa.fetch(tmp_path / "own", ("train", "test"))
+    corpus = scienceqa.load(folder, ("train", "test"), captions=True)
+    assert len(corpus.rejects) == 0 and corpus.problems["pid"].tolist() == ["1", "2", "3"]
+    assert corpus.problems["caption"][0] == "a red bar"
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert files == [
+        "captions.json",
+        "images/test/2/image.png",
+        "images/train/1/image.png",
+        "pid_splits.json",
+        "problems.json",
+    ]
+    assert not list(tmp_path.rglob("evil"))
+    count = len(asked)
+    scienceqa.fetch(folder, ("train", "test"))
+    assert len(asked) == count == 5
+
+
+def test_a_fetch_that_fails_keeps_what_is_whole_and_goes_on(tmp_path, site):
+    served, asked = site
+    whole = (served / "test.zip").read_bytes()
+    (served / "test.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorpusError, match=r"could not be fetched .*Run again.*-p data FOLDER"):
+        scienceqa.fetch(tmp_path / "own", ("train", "test"))
+    assert not (tmp_path / "own" / "images" / "test").exists()
+    (served / "test.zip").write_bytes(whole)
+    asked.clear()
+    scienceqa.fetch(tmp_path / "own", ("train", "test"))
+    assert asked == ["test.zip"] and (tmp_path / "own" / "images" / "test" / "2" / "image.png").is_file()
+
+
+def test_a_page_instead_of_json_is_not_kept(tmp_path, site):
+    served, _ = site
+    (served / "problems.json").write_text("<html>not found</html>")
+    with pytest.raises(CorpusError, match="not readable as JSON"):
+        scienceqa.fetch(tmp_path / "own")
+    assert not (tmp_path / "own" / "problems.json").exists()
