@@ -28,9 +28,9 @@ from helpers.config import Profile
 from helpers.corpora import MAX_COUNT, CorpusError, own_gifs
 from helpers.corpora.shapes import describe, make_world, write_gif
 from helpers.gifs import GifRejected
-from helpers.models.gif_qa import Answer, BundleError, GifQA, asks_for_count, read_bundle
+from helpers.models.gif_qa import Answer, BundleError, GifQA, asks_for_count, check_question, read_bundle
 from helpers.stage import find_stage, read_manifest
-from helpers.workspace import KAGGLE_INPUT, ModelNotFound, find_model, repo_root
+from helpers.workspace import KAGGLE_INPUT, ModelNotFound, find_model, platform, repo_root
 
 SHIPPED_BUNDLE = Path(__file__).resolve().parent / "assets" / "tiny" / "bundle"
 BUILT_IN_SEED, BUILT_IN_GIFS = 2026, 6
@@ -58,6 +58,15 @@ class FoundBundle:
         """The folder of its blind twin, which notebook 03 writes beside it; None if it was not kept."""
         twin = self.folder.parent / "blind"
         return twin if (twin / "bundle.json").is_file() else None
+
+
+def interactive() -> bool:
+    """Whether a person has this notebook open: as a page of Voila, in Jupyter, or on Kaggle or Colab by hand."""
+    if "SUITE_HEADLESS" in os.environ:  # set by the runner, which may itself be called from an open notebook
+        return False
+    as_page = os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
+    by_hand = os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Interactive" or platform() == "colab"
+    return as_page or by_hand or "JPY_SESSION_NAME" in os.environ
 
 
 def find_bundle(run_folder: Path, given: str = "") -> FoundBundle:
@@ -188,8 +197,8 @@ def parse_options(text: str) -> list[str]:
     return [option.strip() for option in text.split("|")] if text.strip() else []
 
 
-def check_question(question: str, options: Sequence[str]) -> None:
-    """Raise ValueError in plain words for a question or options that are too long to be asked."""
+def check_size(question: str, options: Sequence[str]) -> None:
+    """Raise ValueError in plain words for a question or options that are too long for the page."""
     if len(question) > MAX_QUESTION:
         raise ValueError(f"the question has {len(question)} characters; ask it in {MAX_QUESTION} or fewer")
     if len(options) > MAX_OPTIONS:
@@ -300,7 +309,13 @@ class Session:
         if (folder / "qa.csv").is_file():
             try:
                 for row in own_gifs.load(folder, folder / "qa.csv", holdout=1).questions.itertuples():
-                    suggested.setdefault(row.gif, []).append(Suggestion(row.question, tuple(row.options)))
+                    try:
+                        check_size(row.question, row.options)
+                        question, options = check_question(row.question, row.options)
+                    except ValueError as error:
+                        notes.append(f"qa.csv: a question about {row.gif} is not suggested: {error}")
+                        continue
+                    suggested.setdefault(row.gif, []).append(Suggestion(question, tuple(options)))
             except CorpusError as error:
                 notes.append(str(error))
         names = sorted((path.relative_to(folder).as_posix() for path in paths), key=lambda name: name not in suggested)
@@ -319,7 +334,7 @@ class Session:
 
         Raises ValueError in plain words for a question or options that cannot be asked.
         """
-        check_question(question, options)
+        check_size(question, options)
         began = time.perf_counter()
         answer = self.qa.answer(gif.data, question, list(options) or None)
         return Asked(gif, question.strip(), tuple(options), answer, time.perf_counter() - began)
@@ -457,7 +472,7 @@ def answer_panel(asked: Asked, blind: bool = False) -> str:
         "frameqa": "probability of each answer, among all texts that could be written",
     }.get(asked.task, "probability of each option")
     parts = [
-        f"<h4>{html.escape(asked.question)}</h4>",
+        f"<h4>{html.escape(asked.question)}</h4><p class=quiet>{html.escape(asked.gif.name)}</p>",
         f'<p class="answer"><strong>{html.escape(answer.text) or "(nothing)"}</strong></p>',
         f"<p>confidence {100 * answer.confidence:.1f} %, answered in {asked.seconds:.2f} s</p>",
         bars(asked.distribution, answer.text, caption),
@@ -466,7 +481,7 @@ def answer_panel(asked: Asked, blind: bool = False) -> str:
         if asked.blind is None:
             raise ValueError("this question was not asked blind yet")
         same = asked.blind.text == answer.text
-        verdict = "the same: the question alone may give it away" if same else "another one: this answer needs the GIF"
+        verdict = "the same: the question alone may give it away" if same else "another one: the GIF makes a difference"
         said = html.escape(asked.blind.text) or "(nothing)"
         parts.append(
             f"<p><b>Without seeing the GIF</b> it says <strong>{said}</strong> "

@@ -126,7 +126,8 @@ class DemoPage:
             layout=widgets.Layout(flex="1 1 420px"),
         )
         top = widgets.Box([self.shown, controls], layout=widgets.Layout(flex_flow="row wrap", margin="8px 0"))
-        upload = widgets.VBox([self.upload, self.upload_note])
+        limit = widgets.HTML('<div class="gq-note">Up to 8 MB together: Jupyter lets no more through at once.</div>')
+        upload = widgets.VBox([widgets.HBox([self.upload, limit]), self.upload_note])
         return widgets.VBox([intro, self.cards, upload, top, self.answer, self.why])
 
     def _history(self) -> None:
@@ -171,6 +172,7 @@ class DemoPage:
             chosen = name == gif.name
             button.icon, button.button_style = ("check", "primary") if chosen else ("", "")
         self.shown.value = image(self.session.picture(gif), gif.alt)
+        self.asked, self.answer.value, self.why.value = None, "", ""  # they are about another GIF
         listed = [(suggestion.question, suggestion) for suggestion in gif.suggestions]
         self.suggestions.options = [("pick a question ...", None), *listed]
 
@@ -258,10 +260,12 @@ class DemoPage:
 
         def answer() -> str:
             answered = self.science.ask(problem)
+            if self.problem.value == number:
+                self.science_answer.value = science_panel(answered)
             regions = regions_panel(problem, *self.science.regions(problem)) if problem["image"] else ""
             if self.problem.value != number:
                 return "Another problem was picked meanwhile."
-            self.science_answer.value, self.regions.value = science_panel(answered), regions
+            self.regions.value = regions
             return f"Answered in {answered.seconds:.2f} s."
 
         self._start("Looking at the problem ...", answer, self.science_status)

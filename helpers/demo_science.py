@@ -6,7 +6,7 @@ import html
 import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,43 +37,56 @@ PICTURE_SIDE = 220  # pixels of the longer side of a picture on the page
 
 @dataclass(frozen=True)
 class FoundAdem:
-    """A trained ADEM-VL: its folder, in words where it comes from, and the settings it was trained with."""
+    """A trained ADEM-VL: its folder, where it comes from in words, its settings, and the data it was trained on."""
 
     folder: Path
     origin: str
     config: AdemConfig
+    data: Path | None = None
 
 
 def find_adem(run_folder: Path, profile: Profile) -> FoundAdem:
     """The ADEM-VL to show: this run's, else the newest attached one, else the shipped one (only diagrams)."""
     own = find_stage(run_folder, STAGE) / "adem_vl"
     if (own / "adem_vl.json").is_file():
-        return FoundAdem(own, f"trained in the run {own.parents[1].name}", _settings(own, profile))
+        return _found(own, f"trained in the run {own.parents[1].name}", profile)
     # A text-only twin is a folder of the same kind, beside the model.
     if attached := newest_attached("adem_vl.json", lambda folder: folder.name == "adem_vl"):
         origin = f"attached: {attached.relative_to(KAGGLE_INPUT).as_posix()}"
-        return FoundAdem(attached, origin, _settings(attached, profile))
-    tiny = AdemConfig.model_validate({"preset": "tiny"})
-    return FoundAdem(SHIPPED_ADEM, "the small one that ships with the suite; it knows only its own diagrams", tiny)
+        return _found(attached, origin, profile)
+    return FoundAdem(SHIPPED_ADEM, "the small one that ships with the suite; it knows only its own diagrams", _tiny())
 
 
-def _settings(folder: Path, profile: Profile) -> AdemConfig:
+def _tiny() -> AdemConfig:
+    return AdemConfig.model_validate({"preset": "tiny"})
+
+
+def _found(folder: Path, origin: str, profile: Profile) -> FoundAdem:
     manifest = read_manifest(folder.parent)
-    return AdemConfig.model_validate(manifest["settings"]["profile"]["adem"]) if manifest else profile.adem
+    if not manifest:
+        return FoundAdem(folder, origin, profile.adem)
+    settings = manifest["settings"]
+    config = AdemConfig.model_validate(settings["profile"]["adem"])
+    # A folder that was given, or what was fetched into the stage's own.
+    places = [Path(given)] if (given := settings["parameters"]["data"]) else [folder.parent / "world"]
+    places = places if given or config.corpus == "scienceqa" else []
+    return FoundAdem(folder, origin, config, next((p for p in places if (p / "problems.json").is_file()), None))
 
 
-def find_problems(folder: Path, config: AdemConfig, data: str = "") -> pd.DataFrame:
+def find_problems(folder: Path, found: FoundAdem, data: str = "") -> pd.DataFrame:
     """At most `MAX_PROBLEMS` test problems, one a skill, those with an image first.
 
-    Of `data`, a folder in ScienceQA's official layout, if given; else of the attached ScienceQA, if the model was
-    trained on that; else of the built-in world, which is drawn into `folder`. Raises CorpusError if `data` is no such
-    folder.
+    Of `data`, a folder in ScienceQA's official layout, if given; else of what the model was trained on, or of the
+    attached ScienceQA if it was trained on that; else of the built-in world, which is drawn into `folder`. Raises
+    CorpusError if `data` is no such folder.
     """
     if data:
         source = given_folder(data)
     else:
-        attached = find_attached(KAGGLE_INPUT) if config.corpus == "scienceqa" else None
-        source = attached or diagrams.write(folder, seed=BUILT_IN_SEED, train=0, val=0, test=BUILT_IN_PROBLEMS)
+        attached = find_attached(KAGGLE_INPUT) if found.config.corpus == "scienceqa" else None
+        source = (
+            found.data or attached or diagrams.write(folder, seed=BUILT_IN_SEED, train=0, val=0, test=BUILT_IN_PROBLEMS)
+        )
     problems = load(source, splits=("test",), captions=(source / "captions.json").is_file()).problems
     problems = problems.sort_values("image", key=lambda path: path == "", kind="stable").drop_duplicates("skill")
     return problems.head(MAX_PROBLEMS).reset_index(drop=True)
@@ -84,8 +97,8 @@ class ScienceAnswer:
     """What the model says to a problem.
 
     scores: log-probability of each choice's letter among the whole vocabulary. written: the token that it writes;
-    prediction: index of the choice of that letter, `WRONG` if it is no letter of a choice. blind_scores: the same
-    without the image, None for a problem that has none.
+    prediction: index of the choice of that letter, `WRONG` if it is no letter of a choice. seconds: for all of it, at
+    first with the model's loading. blind_scores: the same without the image, None for a problem that has none.
     """
 
     problem: Mapping[str, Any]
@@ -113,9 +126,9 @@ class Science:
         """Find the model (`find_adem`) and the problems (`find_problems`); sentences tell what was not to be had."""
         found = find_adem(run_folder, profile)
         try:
-            return cls(found, find_problems(folder, found.config, data)), []
+            return cls(found, find_problems(folder, found, data)), []
         except CorpusError as error:
-            return cls(found, find_problems(folder, AdemConfig.model_validate({"preset": "tiny"}))), [str(error)]
+            return cls(found, find_problems(folder, replace(found, config=_tiny(), data=None))), [str(error)]
 
     @property
     def model(self) -> AdemVL:
@@ -138,14 +151,14 @@ class Science:
 
     def ask(self, problem: Mapping[str, Any]) -> ScienceAnswer:
         """Answer as `predict_scienceqa.predict` does, and take the time. ValueError for one that is too long."""
-        model, config, table = self.model, self.found.config, pd.DataFrame([problem])
         began = time.perf_counter()
+        model, config, table = self.model, self.found.config, pd.DataFrame([problem])
         row = predict(model, table, config, progress=False).iloc[0]
-        seconds = time.perf_counter() - began
         if not row["scores"]:
             raise ValueError(f"its text is longer than the {config.max_tokens} tokens that the model was trained on")
         blind = predict(model, table, config, blind=True, progress=False).iloc[0] if problem["image"] else None
         scores = None if blind is None else tuple(blind["scores"])
+        seconds = time.perf_counter() - began
         return ScienceAnswer(problem, tuple(row["scores"]), row["generated"], int(row["prediction"]), seconds, scores)
 
     def regions(self, problem: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -154,11 +167,17 @@ class Science:
 
     def still(self, number: int = 3) -> Figure | None:
         """The first image problems as one figure, for a notebook that runs without a page; None if there is none."""
-        shown = [problem for problem in self.problems if problem["image"]][:number]
+        shown, answers = [], []
+        for problem in self.problems:
+            if problem["image"] and len(shown) < number:
+                try:
+                    answers.append(self.ask(problem).text)
+                except ValueError:  # too long, as the page says when it is picked
+                    continue
+                shown.append(problem)
         if not shown:
             return None
         looks, costs = zip(*(self.regions(problem) for problem in shown), strict=True)
-        answers = [self.ask(problem).text for problem in shown]
         return plots_scienceqa.regions_over_images(pd.DataFrame(shown), looks, costs, answers)
 
 

@@ -37,6 +37,7 @@ CONVENTIONS = {
     "count_mse_raw": "mean squared error against the raw label, 0 = once (lower is better)",
     "count_accuracy": "predicted number equals max(label, 1)",
 }
+CHUNK = 2000  # questions whose answers are kept together: what a killed run repeats at most
 DRAWN_AT_ONCE = 4_000_000  # numbers of a bootstrap held in memory at once (32 MB)
 HEADLINE = ("frameqa_accuracy", "action_accuracy", "transition_accuracy", "count_mse")
 
@@ -94,12 +95,12 @@ def predict(
         config: the profile's evaluation section (`batch_tokens`, `options_in_prompt`, `num_beams`).
         shuffle_seed: if given, every question is asked about another GIF (see `shuffle_gifs`); a question without a
             partner gets no prediction.
-        cache: folder that keeps the answers of each finished task, so that a killed run goes on there. The caller
-            names the folder after everything that the answers depend on.
+        cache: folder that keeps the answers of every `CHUNK` questions, so that a killed run goes on there. The
+            caller names the folder after everything that the answers depend on.
         deadline: seconds from now after which no more batches are answered.
 
     Raises:
-        workspace.DeadlineReached: the time was up; the tasks that were done are kept in `cache`.
+        workspace.DeadlineReached: the time was up; the chunks that were done are kept in `cache`.
 
     Returns:
         one row a question, in the order of `questions`: question_id, seen_gif_sha256 and `RESULT_COLUMNS`. `scores`
@@ -115,13 +116,16 @@ def predict(
         rows = asked[(asked["task"] == task) & asked["seen_gif_sha256"].notna()]
         if rows.empty:
             continue
-        part = cache / f"{task}.parquet" if cache is not None else None
-        answers = _finished(part, rows)
-        if answers is None:
-            answers = _predict_task(model, rows, features, config, groups, vocabulary, f"{description}: {task}", ends)
-            if part is not None:
-                save_predictions(answers, part)
-        parts.append(answers)
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            part = cache / f"{task}-{start}.parquet" if cache is not None else None
+            answers = _finished(part, chunk)
+            if answers is None:
+                told = f"{description}: {task}" + (f" from {start:,}" if len(rows) > CHUNK else "")
+                answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends)
+                if part is not None:
+                    save_predictions(answers, part)
+            parts.append(answers)
     columns = ["question_id", "seen_gif_sha256", *RESULT_COLUMNS]
     answers = pd.concat(parts) if parts else pd.DataFrame(columns=columns)
     return asked[["question_id"]].merge(answers[columns], on="question_id", how="left", validate="one_to_one")
@@ -153,7 +157,7 @@ def _predict_task(model, rows, features, config, groups, vocabulary, description
     with tqdm(total=len(rows), desc=description, unit="question") as progress:
         for batch in token_batches(lengths, config.batch_tokens):
             if time.monotonic() > ends:
-                raise DeadlineReached(f"time is up in {description}: the tasks before it are kept")
+                raise DeadlineReached(f"time is up in {description}: what was answered before it is kept")
             video = features.fetch([gifs[i] for i in batch], groups) if model.video else (None, None)
             batch_prompts = [prompts[i] for i in batch]
             if candidates is None:

@@ -393,6 +393,7 @@ def _environment() -> Iterator[None]:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "NO_ALBUMENTATIONS_UPDATE": "1",
+            "SUITE_HEADLESS": "1",
             "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, before.get("JUPYTER_PATH")])),
         }
         share_secrets()

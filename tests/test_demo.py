@@ -184,6 +184,46 @@ def test_a_folder_gives_gifs_in_front_with_the_questions_of_its_csv(session, tmp
         session.add_folder(tmp_path / "nowhere")
 
 
+def test_questions_of_a_csv_that_the_page_would_refuse_are_not_suggested_but_told(session, tmp_path):
+    (tmp_path / "a.gif").write_bytes(gif_bytes(3))
+    rows = [
+        "gif,task,question,answer,options",
+        "a.gif,action,What does it do 2 times ?,jump,jump|duck|duck",
+        f"a.gif,frameqa,{'very ' * 80}long ?,red,",
+        f"a.gif,action,What does it do 3 times ?,jump,jump|{'x' * 90}",
+        "a.gif,frameqa,what is it ?,red,",
+    ]
+    (tmp_path / "qa.csv").write_text("\n".join(rows) + "\n")
+    notes = session.add_folder(tmp_path)
+    assert [s.question for s in session.gifs[0].suggestions] == ["what is it ?"]
+    assert [n.split(": ")[-1].split(";")[0] for n in notes] == [
+        "two options are the same",
+        "the question has 406 characters",
+        "an option has 90 characters",
+    ]
+    for suggestion in session.gifs[0].suggestions:
+        session.ask(session.gifs[0], suggestion.question, suggestion.options)
+
+
+@pytest.mark.parametrize(
+    ("environment", "open_"),
+    [
+        ({}, False),
+        ({"SERVER_SOFTWARE": "voila/0.5"}, True),
+        ({"JPY_SESSION_NAME": "a.ipynb"}, True),
+        ({"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}, True),
+        ({"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, False),
+        ({"JPY_SESSION_NAME": "a.ipynb", "SUITE_HEADLESS": "1"}, False),
+    ],
+)
+def test_figures_are_drawn_when_nobody_has_the_notebook_open(monkeypatch, environment, open_):
+    for name in ("SERVER_SOFTWARE", "JPY_SESSION_NAME", "KAGGLE_KERNEL_RUN_TYPE", "SUITE_HEADLESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert demo.interactive() is open_
+
+
 def test_a_large_folder_is_cut_and_said_to_be(session, tmp_path):
     for number in range(demo.MAX_GALLERY + 2):
         (tmp_path / f"{number:02d}.gif").write_bytes(gif_bytes(number))
@@ -453,6 +493,17 @@ def test_picking_a_gif_marks_it_and_offers_its_questions(page):
     assert [label for label, _ in page.suggestions.options[1:]] == [s.question for s in last.suggestions]
     icons = [card.children[1].icon for card in page.cards.children]
     assert icons == [""] * (len(icons) - 1) + ["check"]
+
+
+def test_an_answer_names_its_gif_and_goes_when_another_one_is_picked(page):
+    page.question.value = QUESTION
+    page.ask()
+    finish(page)
+    assert f"<p class=quiet>{html.escape(page.gif.name)}</p>" in page.answer.value and page.why.value
+    page.select(page.session.gifs[-1])
+    assert page.answer.value == page.why.value == "" and page.asked is None
+    page.blind.value = True  # there is no answer that it could be about
+    assert page.answer.value == "" and page.worker is None
 
 
 def test_every_picture_has_a_text_and_is_a_gif_that_plays(page):

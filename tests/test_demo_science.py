@@ -51,13 +51,13 @@ def without_image(science):
 # ---- Model and problems --------------------------------------------------------------------------------------------
 
 
-def fake_adem(folder, finished="", **settings):
+def fake_adem(folder, finished="", data="", **settings):
     """A folder that looks like a trained ADEM-VL in a stage that finished at a time."""
     folder.mkdir(parents=True)
     write_json(folder / "adem_vl.json", {})
     if finished:
         adem = load_profile("tiny").adem.model_dump(mode="json") | settings
-        manifest = {"finished": finished, "settings": {"profile": {"adem": adem}}}
+        manifest = {"finished": finished, "settings": {"profile": {"adem": adem}, "parameters": {"data": data}}}
         write_json(folder.parent / "stage.json", manifest)
     return folder
 
@@ -73,18 +73,32 @@ def test_this_runs_model_then_the_newest_attached_then_the_shipped(tmp_path, mon
     found = find_adem(run, profile)
     assert (found.folder, found.config.protocol) == (new, "CQM-A") and "attached: new/adem_vl" in found.origin
     own = fake_adem(run / "05_adem_scienceqa" / "adem_vl")
-    assert find_adem(run, profile) == demo_science.FoundAdem(own, "trained in the run tiny", profile.adem)
+    assert find_adem(run, profile) == demo_science.FoundAdem(own, "trained in the run tiny", profile.adem, None)
 
 
 def test_problems_are_of_the_folder_given_one_a_skill_images_first(tmp_path, profile):
     folder = diagrams.write(tmp_path / "world", seed=5, train=0, val=0, test=40)
-    problems = find_problems(tmp_path / "unused", profile.adem, str(folder))
+    shipped = find_adem(tmp_path / "run", profile)
+    problems = find_problems(tmp_path / "unused", shipped, str(folder))
     assert problems["skill"].is_unique and 1 < len(problems) <= demo_science.MAX_PROBLEMS
     seen = (problems["image"] != "").tolist()
     assert seen == sorted(seen, reverse=True) and any(seen)
     assert not (tmp_path / "unused").exists()
     with pytest.raises(CorpusError, match="nowhere"):
-        find_problems(tmp_path / "unused", profile.adem, str(tmp_path / "nowhere"))
+        find_problems(tmp_path / "unused", shipped, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_problems_are_of_the_data_that_the_model_was_trained_on(tmp_path, profile, fetched):
+    """A folder that was given to notebook 05, or the ScienceQA that it fetched into its own."""
+    stage = tmp_path / "run" / "05_adem_scienceqa"
+    folder = stage / "world" if fetched else tmp_path / "mine"
+    diagrams.write(folder, seed=6, train=0, val=0, test=30)
+    given = {"corpus": "scienceqa"} if fetched else {"data": str(folder)}
+    fake_adem(stage / "adem_vl", "2026-01-01T00:00:00+00:00", **given)
+    problems = find_problems(tmp_path / "unused", find_adem(tmp_path / "run", profile))
+    assert all(path.startswith(str(folder)) for path in problems["image"] if path) and len(problems) > 3
+    assert not (tmp_path / "unused").exists()
 
 
 def test_a_folder_that_is_no_scienceqa_is_told_and_the_built_in_problems_are_shown(tmp_path, profile):
@@ -173,8 +187,15 @@ def test_regions_are_drawn_where_the_maps_are_largest(science):
 def test_still_figure_is_titled(science):
     figure = science.still(2)
     assert figure.get_suptitle()
-    assert sum(bool(axis.images) for axis in figure.axes) >= 6
+    assert sum(bool(axis.images) for axis in figure.axes) == 6  # two problems, three rows
     assert Science(science.found, pd.DataFrame([without_image(science)])).still() is None
+
+
+def test_still_figure_passes_over_a_problem_that_is_too_long(science):
+    long = with_image(science) | {"hint": "word " * 2000}
+    problems = pd.DataFrame([long, with_image(science)])
+    assert sum(bool(axis.images) for axis in Science(science.found, problems).still(2).axes) == 3
+    assert Science(science.found, pd.DataFrame([long])).still() is None
 
 
 # ---- The page ------------------------------------------------------------------------------------------------------

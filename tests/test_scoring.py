@@ -173,9 +173,38 @@ def test_a_deadline_keeps_the_tasks_that_were_done(tmp_path, monkeypatch):
     with pytest.raises(DeadlineReached, match="time is up in main"):
         scoring.predict(Slow(), questions, FakeFeatures(), CONFIG, **options, deadline=0.5)
     done = {path.stem for path in tmp_path.iterdir()}
-    assert "count" in done and done < set(scoring.TASKS)
+    assert "count-0" in done and done < {f"{task}-0" for task in scoring.TASKS}
     expected = scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1)
     pd.testing.assert_frame_equal(scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, **options), expected)
+
+
+def test_a_task_is_kept_in_chunks(tmp_path, monkeypatch):
+    """A long task that dies goes on at its last whole chunk; what comes of it is the same."""
+    questions = world(8)
+    whole = scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1)
+    monkeypatch.setattr(scoring, "CHUNK", 3)
+    asked = []
+
+    class Dies(FakeModel):
+        def generate(self, prompts, *args, **kwargs):
+            asked.append(len(prompts))
+            if sum(asked) > 4:
+                raise KeyboardInterrupt
+            return super().generate(prompts, *args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        scoring.predict(Dies(), questions, FakeFeatures(), CONFIG, groups=1, cache=tmp_path)
+    assert (tmp_path / "frameqa-0.parquet").is_file() and not (tmp_path / "frameqa-3.parquet").exists()
+    kept, again = len(pd.read_parquet(tmp_path / "frameqa-0.parquet")), []
+
+    class Counts(FakeModel):
+        def generate(self, prompts, *args, **kwargs):
+            again.append(len(prompts))
+            return super().generate(prompts, *args, **kwargs)
+
+    resumed = scoring.predict(Counts(), questions, FakeFeatures(), CONFIG, groups=1, cache=tmp_path)
+    assert sum(again) == (questions["task"] == "frameqa").sum() - kept
+    assert resumed["prediction"].tolist() == whole["prediction"].tolist()
 
 
 def test_blind_model_never_fetches_frames():

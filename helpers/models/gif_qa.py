@@ -819,14 +819,7 @@ class GifQA:
         the prompt (what its message told other frames inside the encoder stays). Raises ValueError for an empty
         question or less than two options, GifRejected for a file that is no usable GIF.
         """
-        question = question.strip()
-        if not question:
-            raise ValueError("the question is empty; type one, for example: what is the cat doing?")
-        options = [option.strip() for option in options or []]
-        if options and (len(options) < 2 or not all(options)):
-            raise ValueError("give two or more options, none of them empty, or none at all")
-        if options and len(set(options)) < len(options):
-            raise ValueError("two options are the same; every option must be a different answer")
+        question, options = check_question(question, options)
         count = not options and (task == "count" or (task is None and asks_for_count(question)))
         with self._lock, self.model._inference():
             return self._answer(gif, question, COUNTS if count else options, count)
@@ -880,6 +873,19 @@ class GifQA:
         if closed:
             scores = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
         return scores
+
+
+def check_question(question: str, options: Sequence[str] | None) -> tuple[str, list[str]]:
+    """The question and its options without spaces around them; ValueError in plain words if they cannot be asked."""
+    question = question.strip()
+    if not question:
+        raise ValueError("the question is empty; type one, for example: what is the cat doing?")
+    options = [option.strip() for option in options or []]
+    if options and (len(options) < 2 or not all(options)):
+        raise ValueError("give two or more options, none of them empty, or none at all")
+    if options and len(set(options)) < len(options):
+        raise ValueError("two options are the same; every option must be a different answer")
+    return question, options
 
 
 def asks_for_count(question: str) -> bool:

@@ -320,4 +320,4 @@ def test_the_stage_is_finished(opened):
         time.sleep(0.5)
     metrics = json.loads(path.read_text())["metrics"]
     assert metrics["gifs"] == 6
-    assert metrics["answers"] == (3 if server.kind == "lab" else 0)
+    assert metrics["answers"] == 0  # a page that is open has no use for still figures, and they would hold it up
