@@ -41,8 +41,8 @@ class DataConfig(Section):
     corpus: Literal["shapes", "tgif_qa", "own_gifs"]
     shard_size: Positive
     image_size: Annotated[int, Field(ge=16)]
-    frame_format: Literal["png", "jpeg"]
-    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
+    frame_format: Literal["png", "webp"]
+    frame_quality: Annotated[int, Field(ge=1, le=100)]
     groups: Groups
     max_canvas_pixels: Positive
     max_frames: Positive

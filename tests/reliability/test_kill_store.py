@@ -49,7 +49,7 @@ def data_config(workers: int) -> DataConfig:
         shard_size=12,
         image_size=32,
         frame_format="png",
-        jpeg_quality=90,
+        frame_quality=90,
         groups=[1, 2],
         max_canvas_pixels=100_000,
         max_frames=100,
