@@ -128,7 +128,8 @@ def decode(
 ) -> Decoded:
     """Decode a GIF to its sampled frames: centre crop to the short side's square, then resize.
 
-    Resizing is bilinear while that reads every source pixel (down to half the size), by area below.
+    Large frames are first averaged over whole blocks of pixels, down to less than twice the size wanted; the rest is
+    bilinear, which reads every pixel then. (By area alone is four times slower at sizes that do not divide.)
 
     Args:
         data: the file's bytes.
@@ -408,21 +409,29 @@ def _rgb_frames(
 
 
 def _rgb(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:
-    """The current frame, cut to the canvas, transparent pixels on BACKGROUND: uint8 [height, width, 3]."""
-    if image.size != canvas:
-        image = image.crop((0, 0, *canvas))
+    """The middle square of the current frame's canvas, transparent pixels on BACKGROUND: uint8 [side, side, 3]."""
+    side = min(canvas)
+    left, top = ((length - side) // 2 for length in canvas)
+    if image.size != (side, side):  # first, so that nothing is done to what is cut away
+        image = image.crop((left, top, left + side, top + side))
     # Pillow's has_transparency_data fails where a grey GIF's second frame is in mode P without a palette object.
     if image.mode == "RGBA" or "transparency" in image.info:
         layer = image.convert("RGBA")
-        image = Image.new("RGB", canvas, BACKGROUND)
-        image.paste(layer, mask=layer)
+        if layer.getchannel("A").getextrema() != (255, 255):
+            image = Image.new("RGB", layer.size, BACKGROUND)
+            image.paste(layer, mask=layer)
+        else:
+            image = layer
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 @lru_cache(maxsize=512)
 def _geometry(side: int, image_size: int) -> A.Compose:
-    interpolation = cv2.INTER_LINEAR if side <= 2 * image_size else cv2.INTER_AREA
-    return A.Compose([A.CenterCrop(side, side), A.Resize(image_size, image_size, interpolation=interpolation)])
+    whole = max(1, side // image_size)
+    part = side // whole
+    steps = [A.Resize(part, part, interpolation=cv2.INTER_AREA)] if whole > 1 else []
+    steps.append(A.Resize(image_size, image_size, interpolation=cv2.INTER_LINEAR))
+    return A.Compose([A.CenterCrop(part * whole, part * whole), *steps])
 
 
 def _transform_pixels(frames: np.ndarray, transforms: Sequence[A.BasicTransform], seed: int | None) -> np.ndarray:
