@@ -126,7 +126,7 @@ class DemoPage:
             layout=widgets.Layout(flex="1 1 420px"),
         )
         top = widgets.Box([self.shown, controls], layout=widgets.Layout(flex_flow="row wrap", margin="8px 0"))
-        limit = widgets.HTML('<div class="gq-note">Up to 8 MB together: Jupyter lets no more through at once.</div>')
+        limit = widgets.HTML("up to 8 MB together: Jupyter lets no more through at once")
         upload = widgets.VBox([widgets.HBox([self.upload, limit]), self.upload_note])
         return widgets.VBox([intro, self.cards, upload, top, self.answer, self.why])
 

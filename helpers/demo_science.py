@@ -32,6 +32,7 @@ SHIPPED_ADEM = Path(__file__).resolve().parent / "assets" / "tiny" / "adem_vl"
 STAGE = "05_adem_scienceqa"
 BUILT_IN_PROBLEMS = 60  # drawn at random; the page shows the first of each skill
 MAX_PROBLEMS = 12
+SMALL_COST = 0.05  # nats; a map of smaller ones would show noise
 PICTURE_SIDE = 220  # pixels of the longer side of a picture on the page
 
 
@@ -203,10 +204,10 @@ def _png(picture: Image.Image, alt: str) -> str:
     return image(out.getvalue(), alt, "png", "science")
 
 
-def _overlay(path: str, values: np.ndarray) -> Image.Image:
-    """The image in grey under a map of its patches, from black (0) to yellow (the map's largest value)."""
+def _overlay(path: str, values: np.ndarray, least: float) -> Image.Image:
+    """The image in grey under a map of its patches, from black (0) to yellow: the map's largest value, or `least`."""
     picture = _picture(path)
-    shares = np.clip(values, 0, None) / max(values.max(), 1e-12)
+    shares = np.clip(values, 0, None) / max(values.max(), least)
     colors = matplotlib.colormaps["inferno"](shares)[..., :3]
     layer = Image.fromarray((255 * colors).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
     return Image.blend(picture.convert("L").convert("RGB"), layer, 0.65)
@@ -254,18 +255,22 @@ def _likelihoods(names: Sequence[str], scores: Sequence[float], caption: str) ->
 
 def regions_panel(problem: Mapping[str, Any], looks: np.ndarray, costs: np.ndarray) -> str:
     """Where the model looks, and what hiding a region costs its answer, over the problem's image."""
-    most = max(float(costs.max()), 0.0)
+    most = float(costs.max())
+    need = f"Hiding a bright square costs the answer up to {most:.2f} nats."
+    if most < SMALL_COST:
+        need = f"Hiding any one square costs next to nothing: {max(most, 0):.3f} nats at most."
     maps = (
-        (looks, f"most is read at {_place(looks)}", "<b>What it reads.</b> Bright patches add most to the answer."),
         (
-            costs,
-            f"hiding costs most at {_place(costs)}",
-            f"<b>What it needs.</b> Hiding a bright square costs the answer up to {most:.2f} nats.",
+            looks,
+            0.0,
+            f"most is read at {_place(looks)}",
+            "<b>What it reads.</b> Bright patches add most to the answer.",
         ),
+        (costs, SMALL_COST, f"hiding costs most at {_place(costs)}", f"<b>What it needs.</b> {need}"),
     )
     drawn = "".join(
-        f"<figure>{_png(_overlay(problem['image'], values), alt)}<figcaption>{text}</figcaption></figure>"
-        for values, alt, text in maps
+        f"<figure>{_png(_overlay(problem['image'], values, least), alt)}<figcaption>{text}</figcaption></figure>"
+        for values, least, alt, text in maps
     )
     return (
         '<section class="gq" aria-label="Regions"><h4>Which regions of the image</h4>'

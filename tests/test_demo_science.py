@@ -184,6 +184,14 @@ def test_regions_are_drawn_where_the_maps_are_largest(science):
         assert np.unravel_index(np.argmax(patches), (8, 8)) == (row, column)
 
 
+def test_a_map_of_next_to_nothing_is_dark_and_said_to_be(science):
+    problem = with_image(science)
+    panel = regions_panel(problem, np.full((8, 8), 1 / 64), np.full((8, 8), 1e-4))
+    assert "next to nothing: 0.000 nats" in panel
+    encoded = re.findall('base64,([^"]+)"', panel)[1]
+    assert np.asarray(Image.open(BytesIO(base64.b64decode(encoded)))).mean() < 100
+
+
 def test_still_figure_is_titled(science):
     figure = science.still(2)
     assert figure.get_suptitle()
