@@ -248,11 +248,29 @@ def _user_inputs(args: argparse.Namespace) -> tuple[dict[str, dict[str, str]], d
         if Path(data["gifs"]).is_dir():
             parameters["08_demo"] = {"gallery": data["gifs"]}
     if args.bundle:
-        bundle = _existing(args.bundle, "--bundle")
-        if not (Path(bundle) / "bundle.json").is_file():
-            raise ConfigError(f"--bundle {args.bundle} holds no bundle.json; give the folder that notebook 03 made")
-        parameters["03_adapter_training"] = {"bundle": bundle}
+        parameters["03_adapter_training"] = {"bundle": _existing(args.bundle, "--bundle")}
     return parameters, overrides
+
+
+def _require_bundle(folder: Path, profile: Profile) -> None:
+    """Refuse a bundle that this run cannot score; weights themselves are compared when they are loaded."""
+    try:
+        facts = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+        video = facts["video"]
+        trained = {part: facts[part]["model"] for part in ("encoder", "language_model")}
+    except OSError as error:
+        raise ConfigError(f"--bundle {folder} holds no bundle.json; give the folder that notebook 03 made") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--bundle {folder}: bundle.json is not readable as a bundle's ({error!r})") from error
+    if not video:
+        raise ConfigError(f"--bundle {folder} is a blind bundle, which sees no GIF: give the `bundle` folder beside it")
+    for part, name in trained.items():
+        ours = getattr(profile, part).model
+        if name != (Path(ours).name if Path(ours).is_absolute() else ours):
+            raise ConfigError(
+                f"--bundle {folder} was trained on the {part.replace('_', ' ')} {name}, but profile {profile.name} has "
+                f"{ours}: choose its profile, or -p {part}.model {name}"
+            )
 
 
 def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
@@ -283,6 +301,8 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> Plan:
             parameters[stage][name] = parse_parameter(name, text, own[stage][name])
     profile_name = str(Path(args.profile).resolve()) if args.profile.endswith((".yaml", ".yml")) else args.profile
     profile = load_profile(profile_name, overrides)
+    if args.bundle:
+        _require_bundle(Path(args.bundle).expanduser(), profile)
     run = args.run or profile.name
     if not args.run and args.gifs:
         run += f"-{_slug(Path(args.gifs).name)}"

@@ -350,10 +350,29 @@ def test_folder_of_question_files_keeps_the_profiles_corpus(world):
     assert plan.parameters["01_data_sharding"] == {"gifs": gifs, "qa": folder, "holdout": 0.2}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video": False}, "blind bundle"),
+        ({"encoder": {"model": "a/b"}}, "encoder a/b, but profile tiny has tiny/xclip"),
+        ({"language_model": {"model": "c/d"}}, "language model c/d, but profile tiny has tiny/llama"),
+        ({"encoder": None}, "not readable as a bundle's"),
+    ],
+)
+def test_a_bundle_that_cannot_be_scored_is_refused_before_anything_starts(world, capsys, change, message):
+    bundle = world.folder / "bundle"
+    bundle.mkdir()
+    facts = {"video": True, "encoder": {"model": "tiny/xclip"}, "language_model": {"model": "tiny/llama"}}
+    (bundle / "bundle.json").write_text(json.dumps(facts | change))
+    assert world.run(*own_gifs(world.folder), "--bundle", str(bundle)) == REFUSED
+    assert message in capsys.readouterr().err and world.ran == []
+
+
 def test_given_bundle_is_scored_and_nothing_is_trained(world):
     bundle = world.folder / "bundle"
     bundle.mkdir()
-    (bundle / "bundle.json").write_text("{}")
+    facts = {"video": True, "encoder": {"model": "tiny/xclip"}, "language_model": {"model": "tiny/llama"}}
+    (bundle / "bundle.json").write_text(json.dumps(facts))
     argv = [*own_gifs(world.folder), "--bundle", str(bundle)]
     plan = plan_of(*argv)
     assert plan.run == "tiny-my-gifs-scored"
