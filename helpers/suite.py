@@ -257,7 +257,7 @@ def _require_bundle(folder: Path, profile: Profile) -> None:
     try:
         facts = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
         video = facts["video"]
-        trained = {part: facts[part]["model"] for part in ("encoder", "language_model")}
+        trained = {part: facts[part]["model"] for part in ("encoder", "language_model") if video}
     except OSError as error:
         raise ConfigError(f"--bundle {folder} holds no bundle.json; give the folder that notebook 03 made") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -353,7 +353,7 @@ def test_folder_of_question_files_keeps_the_profiles_corpus(world):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"video": False}, "blind bundle"),
+        ({"video": False, "encoder": None}, "blind bundle"),
         ({"encoder": {"model": "a/b"}}, "encoder a/b, but profile tiny has tiny/xclip"),
         ({"language_model": {"model": "c/d"}}, "language model c/d, but profile tiny has tiny/llama"),
         ({"encoder": None}, "not readable as a bundle's"),
