@@ -138,6 +138,7 @@ class AdemConfig(Section):
     world_seed: Annotated[int, Field(ge=0)]
     world_train: Positive
     world_test: Positive
+    evaluation_splits: Annotated[list[Literal["val", "test"]], Field(min_length=1, max_length=2)]
     protocol: Literal["QCM-A", "QCM-A with captions", "CQM-A", "CQM-A with captions", "released mismatch"]
     max_tokens: Annotated[int, Field(ge=16)]
     language_model: str
@@ -145,10 +146,10 @@ class AdemConfig(Section):
     quantisation: Literal["nf4", "none"]
     vision_model: str
     vision_revision: str | None
-    normalisation: Literal["clip", "siglip", "imagenet"]
+    normalisation: Literal["encoder", "clip", "siglip", "imagenet"]
     adapter_dim: Positive
     projector_dim: Positive
-    scales: Annotated[list[Positive], Field(min_length=1)]
+    scales: Annotated[list[Positive], Field(min_length=1)] | None
     alpha: Float
     beta: Float
     drop_ratio: Annotated[Float, Field(ge=0, lt=1)]
@@ -181,6 +182,12 @@ class AdemConfig(Section):
             raise ValueError(f"unknown adem.preset {values['preset']!r}; {nearest(values['preset'], names)}")
         path = ADEM_PRESETS / f"{values['preset']}.yaml"
         return yaml.safe_load(path.read_text(encoding="utf-8")) | values
+
+    @model_validator(mode="after")
+    def _splits_are_read_once(self) -> "AdemConfig":
+        if len(set(self.evaluation_splits)) < len(self.evaluation_splits):
+            raise ValueError(f"adem.evaluation_splits {self.evaluation_splits} names a split twice")
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends_before_training(self) -> "AdemConfig":

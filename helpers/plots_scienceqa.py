@@ -19,6 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from helpers.corpora.scienceqa import LETTERS, open_image
 from helpers.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, _figure
 
+SMALLEST_LOSS = 0.01  # nats; below it a loss is rounding as much as the image
 FROZEN, LEARNT = "#DCE6EE", "#FBE3B5"  # fill of parts that stay as they are, and of those that are trained
 SYSTEM_COLORS = {
     "": BLUE,
@@ -159,7 +160,8 @@ def regions_over_images(
 ) -> Figure:
     """Three rows: images, what each patch adds to the answer's position, and what hiding each patch costs the answer.
 
-    The third row is coloured from 0 to the image's own largest loss, which stands above it.
+    The third row is coloured from 0 to the image's own largest loss, which stands above it, but at least to
+    `SMALLEST_LOSS`: an answer that no hiding shakes stays dark.
     looks: `predict_scienceqa.attended`; worth: `predict_scienceqa.worth`; answers: what the model says.
     """
     if not len(looks):
@@ -168,7 +170,7 @@ def regions_over_images(
     figure.suptitle("Where the model looks, and what it needs to see", fontweight="bold")
     shares, losses = 100 * np.stack(looks), np.clip(np.stack(worth), 0, None)
     largest = losses.max((1, 2), keepdims=True)
-    losses = 100 * losses / np.maximum(largest, 1e-9)
+    losses = 100 * losses / np.maximum(largest, SMALLEST_LOSS)
     rows = (
         (shares, "share of what is added (%)", {"cmap": "inferno", "vmin": 0, "vmax": shares.max()}),
         (losses, "log-probability lost\n(% of the largest)", {"cmap": "inferno", "vmin": 0, "vmax": 100}),

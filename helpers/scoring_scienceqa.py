@@ -22,6 +22,7 @@ from helpers.config import nearest
 from helpers.corpora import RowError
 from helpers.corpora.scienceqa import LETTERS, SPLITS, problem_row, read_json, read_records, read_splits
 
+GOLD_FILES = ("problems.json", "llava_test_CQM-A.json")
 WRONG = -1  # index of an answer that is none of the choices
 # The dot stands for any character, as in the official pattern: "The answer is B" at the very end does not match.
 ANSWER = re.compile(r"The answer is ([A-Z]).")
@@ -98,12 +99,19 @@ def gold_of(problems: pd.DataFrame) -> dict[str, Gold]:
 def read_gold(path: str | Path, split: str = "test") -> dict[str, Gold]:
     """Gold by problem id from problems.json (its problems of `split`) or from LLaVA's llava_test_CQM-A.json.
 
+    path: the file, or the folder that holds one of the two (problems.json, if it holds both).
+
     Members of `split` are those that problems.json itself names. Where it names no splits, or `split` is another one
     (minitest, trainval, ...), pid_splits.json beside it is asked. LLaVA's file is the test split; it holds neither
     subjects nor grades. Raises `CorpusError` for a file that is missing or no JSON, `ResultsError` for any other
     fault: here a broken problem is an error, since leaving it out would change the score.
     """
     path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in GOLD_FILES if (path / name).is_file()]
+        if not found:
+            raise ResultsError(f"the folder {path} holds no gold: neither {' nor '.join(GOLD_FILES)}")
+        path = found[0]
     content = read_json(path)
     if isinstance(content, list):
         gold = _llava_gold(path, content)

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers import AutoConfig
 
 from helpers.config import AdemConfig
 from helpers.corpora import diagrams, reject_table
@@ -34,7 +35,7 @@ from helpers.corpora.scienceqa import (
 )
 from helpers.models.adem_vl import AdemVL, Encoded, PromptTooLong, collate, encode, image_tensor
 from helpers.training import CONTRACT, Job, Plan, TrainingError, TrainResult, fit, trainable
-from helpers.workspace import KAGGLE_INPUT
+from helpers.workspace import KAGGLE_INPUT, find_model
 
 VALIDATION = 100  # problems of the built-in world's val split, which nothing is selected on
 SHAPE = (
@@ -52,6 +53,7 @@ SHAPE = (
     "cross_attention_dropout",
 )
 PACING = {"preset", "checkpoint_minutes", "log_steps", "gradient_checkpointing", "evaluation_batch"}
+PACING |= {"evaluation_splits"}  # training sees none of them
 BETAS = (0.9, 0.95)  # of AdamW, in the official code
 
 
@@ -59,18 +61,19 @@ BETAS = (0.9, 0.95)  # of AdamW, in the official code
 
 
 def load_problems(config: AdemConfig, folder: Path | str, data: Path | str = "") -> ScienceQA:
-    """The train and test problems, with captions: of `data`, a folder in ScienceQA's official layout, if given.
+    """Problems to train on and those of `evaluation_splits`, with captions: of `data`, a folder in ScienceQA's layout.
 
-    Else of what `adem.corpus` names: the built-in world, which is written to `folder`, or ScienceQA, which is taken as
-    attached on Kaggle or else fetched into `folder`. Raises CorpusError for files that are missing or broken, or if
-    ScienceQA cannot be had.
+    Without `data`, of what `adem.corpus` names: the built-in world, which is written to `folder`, or ScienceQA, which
+    is taken as attached on Kaggle or else fetched into `folder`. Raises CorpusError for files that are missing or
+    broken, or if ScienceQA cannot be had.
     """
+    splits = ("train", *config.evaluation_splits)
     if not data and config.corpus == "scienceqa":
-        data = find_attached(KAGGLE_INPUT) or fetch(folder, ("train", "test"))
+        data = find_attached(KAGGLE_INPUT) or fetch(folder, splits)
     if not data:
         sizes = {"train": config.world_train, "val": VALIDATION, "test": config.world_test}
         data = diagrams.write(folder, seed=config.world_seed, **sizes)
-    return load(data, splits=("train", "test"), captions=True)
+    return load(data, splits=splits, captions=True)
 
 
 def encode_problems(
@@ -112,6 +115,12 @@ class Images:
         if path not in self._kept:
             self._kept[path] = open_image(path).resize((self.size, self.size), Image.Resampling.BICUBIC)
         return image_tensor(self._kept[path], self.size, self.normalisation)
+
+
+def images_for(model: AdemVL, config: AdemConfig) -> Images:
+    """Images in the size of the model's encoder, normalised as the settings say."""
+    own = config.normalisation == "encoder"
+    return Images(model.config.vision_config.image_size, model.config.normalisation if own else config.normalisation)
 
 
 class Problems(Dataset):
@@ -214,6 +223,12 @@ def build_model(config: AdemConfig) -> AdemVL:
     )
 
 
+def load_model(config: AdemConfig, folder: Path | str) -> AdemVL:
+    """What `AdemVL.save_pretrained` wrote to `folder`, on the profile's base models. Raises as `from_pretrained`."""
+    language = find_model(config.language_model, config.language_revision)
+    return AdemVL.from_pretrained(folder, language, find_model(config.vision_model, config.vision_revision))
+
+
 def parameter_groups(model: AdemVL, config: AdemConfig) -> list[dict[str, Any]]:
     """Two groups at one learning rate: matrices and tables decay, biases and thresholds do not (timm's rule)."""
     parameters = list(trainable(model).values())
@@ -255,11 +270,10 @@ def train_adem(
     """
     data = Problems(model, problems, config, blind=blind)
     plan = plan_steps(data.lengths, config)
-    images = Images(model.config.vision_config.image_size, config.normalisation)
     job = Job(
         dataset=data,
         plan=plan,
-        collator=Collator(images, padding_token(model), config.batch_size),
+        collator=Collator(images_for(model, config), padding_token(model), config.batch_size),
         identity=fingerprint(model, data, config, blind),
         groups=parameter_groups(model, config),
         tokens=plan.text_tokens,
@@ -277,34 +291,51 @@ def train_adem(
 # ---- Ablations -----------------------------------------------------------------------------------------------------
 
 
-def _full(grid: int) -> dict[str, Any]:
-    return {"scales": [grid * grid, grid * grid // 4], "use_cls": True, "phi": "silu", "drop_ratio": 0.1}
-
-
 def ablation_rows(name: str, grid: int) -> dict[str, dict[str, Any]]:
     """Rows of an ablation: label -> keys of the `adem` section that it sets. grid: side of the encoder's patch grid.
 
     The paper does not say which attention its "baseline" has; here it is the plain product of query and key (phi
-    identity), which gives the paper's parameter counts at every rung. Raises ValueError for an unknown name.
+    identity), which gives the paper's parameter counts at every rung. "scales" has the paper's combinations of 256, 64
+    and 16 positions, a grid of 16: all patches, a quarter and a sixteenth as many, as far as the grid can be halved.
+    "bases" puts other base models in the profile's places, each with its encoder's own normalisation and grid.
+    Raises ValueError for an unknown name, and for a grid of odd side, which has no second scale.
     """
-    one, two, full = [grid * grid], [grid * grid, grid * grid // 4], _full(grid)
-    base = {"scales": one, "use_cls": False, "phi": "identity", "drop_ratio": 0.0}
+    if grid % 2:
+        raise ValueError(
+            f"ablations need a second scale, but the encoder's {grid}x{grid} patch grid has an odd side and cannot be "
+            "halved; choose another adem.vision_model"
+        )
+    one, half, quarter = grid * grid, grid * grid // 4, grid * grid // 16
+    scales = [[one], [half], [one, half]]
+    if grid % 4 == 0:
+        scales += [[quarter], [half, quarter], [one, quarter], [one, half, quarter]]
+    full = {"scales": [one, half], "use_cls": True, "phi": "silu", "drop_ratio": 0.1}
+    base = {"scales": [one], "use_cls": False, "phi": "identity", "drop_ratio": 0.0}
     placements = ("mlp_in_out", "mlp_in_in", "mlp_out_out", "mhsa_in_out", "mhsa_in_in", "mhsa_out_out")
+    own = full | {"scales": None, "normalisation": "encoder"}
+    language = {name: {"language_model": f"meta-llama/{name}"} for name in ("Llama-3.2-1B", "Llama-3.2-3B")}
+    vision = {
+        "CLIP ViT-L/14 at 336": {"vision_model": "openai/clip-vit-large-patch14-336"},
+        "SigLIP B/16": {"vision_model": "google/siglip-base-patch16-224"},
+    }
     tables: dict[str, dict[str, dict[str, Any]]] = {
         "ladder": {
             "base": base,
             "+ CLS": base | {"use_cls": True},
-            "+ cross-attention": base | {"use_cls": True, "phi": "silu"},
-            "+ multiscale": base | {"use_cls": True, "phi": "silu", "scales": two},
+            "+ cross-attention (SiLU)": base | {"use_cls": True, "phi": "silu"},
+            "+ multiscale": full | {"drop_ratio": 0.0},
             "+ fusion": full,
             "learnable threshold": full | {"learnable_threshold": True},
             "layer dropout 0.1": full | {"layer_dropout": 0.1},
             "attention dropout 0.1": full | {"cross_attention_dropout": 0.1},
         },
         "placements": {place: full | {"cross_attention": place} for place in placements},
-        "scales": {"+".join(map(str, s)): full | {"scales": s} for s in (one, two[1:], two)},
+        "scales": {"+".join(map(str, s)): full | {"scales": s} for s in scales},
         "drop": {f"drop {share}": full | {"drop_ratio": share} for share in (0.0, 0.1, 0.25, 0.5)},
         "phi": {phi: full | {"phi": phi} for phi in ("silu", "identity", "relu", "elu", "softmax", "silu_positive")},
+        "bases": {"the profile's own": own}
+        | {label: own | {"language_revision": None} | model for label, model in language.items()}
+        | {label: own | {"vision_revision": None} | model for label, model in vision.items()},
     }
     if name not in tables:
         raise ValueError(f"unknown ablation {name!r}; there are {', '.join(tables)}")
@@ -318,10 +349,6 @@ def changed(config: AdemConfig, values: Mapping[str, Any]) -> AdemConfig:
 
 def grid_of(config: AdemConfig) -> int:
     """Side of the patch grid of the profile's vision encoder."""
-    from transformers import AutoConfig
-
-    from helpers.workspace import find_model
-
     found = AutoConfig.from_pretrained(find_model(config.vision_model, config.vision_revision))
     vision = getattr(found, "vision_config", found)
     return vision.image_size // vision.patch_size

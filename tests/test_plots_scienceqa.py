@@ -70,5 +70,7 @@ def test_regions_are_drawn_over_the_image_at_its_size(problems):
     assert all(axis.get_xlabel() == "pixels" for axis in figure.axes[:6])
     assert all("%" in axis.get_ylabel() for axis in figure.axes[6:])
     assert "0.00 nats" in figure.axes[4].get_title() and "0.40 nats" in figure.axes[5].get_title()
+    shaken = figures.regions_over_images(seen, looks, [0.002 * np.eye(8), np.eye(8)], ["north", "fox"])
+    assert [shaken.axes[i].images[1].get_array().max() for i in (4, 5)] == pytest.approx([20, 100])
     with pytest.raises(ValueError, match="no problem has an image"):
         figures.regions_over_images(seen.head(0), [], [], [])

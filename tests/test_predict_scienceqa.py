@@ -1,6 +1,7 @@
 """Answers, baselines, tables and ablations of ADEM-VL on ScienceQA, against counts by hand."""
 
 import math
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,10 @@ from helpers.assets.make_tiny import train_tokenizer
 from helpers.config import load_profile
 from helpers.corpora import diagrams
 from helpers.corpora.scienceqa import PromptStyle, load, prompt
+from helpers.models import adem_vl
 from helpers.models.adem_vl import collate, encode, image_tensor
 from helpers.scoring_scienceqa import WRONG
-from helpers.workspace import DeadlineReached
+from helpers.workspace import DeadlineReached, ModelNotFound
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,36 @@ def test_a_problem_that_is_too_long_is_wrong_and_not_cut(model, config, test_row
     assert found.loc[4, "scores"] == []
     others = [i for i in range(len(long)) if i != 4]
     assert found.loc[others, "prediction"].tolist() == answers.loc[others, "prediction"].tolist()
+    assert "the window has 400" in found.loc[4, "too_long"] and (found.loc[others, "too_long"] == "").all()
+
+
+def test_what_is_too_long_is_counted_and_listed_apart(table):
+    """Wrong in every score, but no failure to write or to choose a letter; a twin's own window counts for the twin."""
+    reasons = ["", "", "", "", "", "512 tokens; the window has 500"]
+    long = table.assign(prediction=[0, 1, 0, 0, WRONG, WRONG], likeliest=[0, 1, 2, 0, 1, WRONG], too_long=reasons)
+    long = long.assign(text_only_too_long=[""] * 6)
+    scored = answering.scores(long)
+    assert [(s["missing"], s["failed"], s["correct"]) for s in (scored[""], scored["likelihood"])] == [
+        (1, 1, 3),
+        (1, 0, 5),
+    ]
+    assert scored["text_only"]["missing"] == 0 and scored[""]["total"] == 6
+    assert answering.split_by_image(long)[""]["all"][:2] == (3, 6)
+    metrics = answering.flat_metrics(scored, long)
+    assert (metrics["too_long"], metrics["likelihood_too_long"], metrics["text_only_too_long"]) == (1, 1, 0)
+    listed = answering.too_long(long)
+    assert listed.values.tolist() == [["f", "model, written letter", "512 tokens; the window has 500"]]
+
+
+def test_answers_are_kept_once_they_are_there(tmp_path):
+    table = pd.DataFrame({"pid": ["a"], "scores": [[0.5, 0.25]]})
+    first = answering.keep(tmp_path / "answers" / "model.parquet", lambda: table)
+    again = answering.keep(tmp_path / "answers" / "model.parquet", lambda: pytest.fail("asked again"))
+    pd.testing.assert_frame_equal(first, again)
+    assert again["scores"][0].tolist() == [0.5, 0.25]
+    with pytest.raises(DeadlineReached):
+        answering.keep(tmp_path / "twin.parquet", lambda: (_ for _ in ()).throw(DeadlineReached("late")))
+    assert not (tmp_path / "twin.parquet").exists()
 
 
 def test_a_passed_deadline_is_said(model, config, test_rows):
@@ -176,6 +208,19 @@ def test_published_figures_stand_below_the_runs(table):
     # the published average is the subjects' mean weighted by their share of the test set (2252, 889 and 1100 problems)
     assert (2252 * paper["NAT"] + 889 * paper["SOC"] + 1100 * paper["LAN"]) / 4241 == pytest.approx(93.85, abs=0.01)
     assert [shown.loc[name, "average"] for name in shown.index[-4:]] == [93.61, 85.81, 86.4, 88.4]
+    assert shown.loc["random choice, by ScienceQA's authors", "average"] == 39.83
+
+
+def test_results_tell_sizes_and_the_headlines_interval(table):
+    shown = answering.result_table(answering.scores(table))
+    sizes = shown.loc["problems of this run"]
+    assert sizes[["NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average"]].tolist() == [
+        3, 3, 0, 2, 3, 2, 3, 3, 6
+    ]  # fmt: skip
+    low, high = shown.loc["model, written letter", ["average, 95 % from", "to"]]
+    for bound in (low / 100, high / 100):  # where 4 of 6 lies 1.96 standard errors away
+        assert abs(bound - 4 / 6) / math.sqrt(bound * (1 - bound) / 6) == pytest.approx(1.96, abs=0.01)
+    assert shown.loc["paper, LLaMA-7B (20 epochs)", ["average, 95 % from", "to"]].isna().all()
 
 
 def test_predictions_join_only_answers_to_the_same_problems(problems, test_rows, answers, tmp_path):
@@ -223,6 +268,57 @@ def test_an_ablation_trains_each_row_with_each_seed_and_goes_on(problems, test_r
     first = runs[runs["row"] == "one"]["image"]
     assert table["image"][0] == pytest.approx(first.mean())
     assert table["image_high"][0] - table["image"][0] == pytest.approx(12.7062 * first.std() / math.sqrt(2), rel=1e-4)
+
+
+def test_an_ablation_holds_one_base_model_at_a_time(problems, test_rows, config, tmp_path, monkeypatch):
+    train = problems[problems["split"] == "train"]
+    rows = {"one": {"alpha": 0.1}, "two": {"alpha": 0.3}}
+    monkeypatch.setattr(answering, "ablation_rows", lambda name, grid: rows)
+    loaded, load_llm = [], adem_vl._load_llm
+
+    def watched(*args):
+        assert not [model for model in loaded if model() is not None], "another base model is still in memory"
+        model, tokenizer = load_llm(*args)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(adem_vl, "_load_llm", watched)
+    answering.run_ablation("ladder", train, test_rows, config, tmp_path, seeds=2)
+    assert len(loaded) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "said"),
+    [
+        ({"scales": [64, 25]}, ValueError, r"scales \[64, 25\].*8x8 patch grid"),
+        ({"language_model": "nobody/no-such-llama"}, ModelNotFound, "no-such-llama"),
+    ],
+)
+def test_an_ablation_that_cannot_end_does_not_begin(
+    problems, test_rows, config, tmp_path, monkeypatch, values, error, said
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(answering, "ablation_rows", lambda name, grid: {"one": {}, "two": values})
+    monkeypatch.setattr(answering, "build_model", lambda config: pytest.fail("began to train"))
+    train = problems[problems["split"] == "train"]
+    with pytest.raises(error, match=said):
+        answering.run_ablation("ladder", train, test_rows, config, tmp_path)
+
+
+def test_pictures_of_a_problem_that_is_too_long_are_refused(model, config, test_rows):
+    row = test_rows[test_rows["image"] != ""].iloc[0].to_dict() | {"hint": "word " * 500}
+    for picture in (answering.attended, answering.worth):
+        with pytest.raises(ValueError, match=rf"problem {row['pid']} is too long .* tokens; the window has 400"):
+            picture(model, row, config)
+
+
+def test_patches_are_hidden_a_batch_at_a_time(model, config, test_rows, monkeypatch):
+    sizes, original = [], model.next_logits
+    monkeypatch.setattr(
+        model, "next_logits", lambda **batch: sizes.append(len(batch["input_ids"])) or original(**batch)
+    )
+    answering.worth(model, test_rows[test_rows["image"] != ""].iloc[0].to_dict(), config)
+    assert max(sizes) == config.evaluation_batch == 5 and sum(sizes) >= 65
 
 
 def test_attended_patches_sum_to_one_and_follow_the_scores(model, config, test_rows):
@@ -282,23 +378,25 @@ def test_a_patch_is_worth_what_its_hiding_costs(model, config, test_rows):
         answering.worth(model, row | {"image": ""}, config)
 
 
-def test_the_real_slice_trains_and_every_subgroup_is_reported(config, shared_data, tmp_path):
-    """All 1,773 problems of the real slice, with random backbones: the score is what it is, the report is whole."""
+def test_the_real_slice_trains_and_every_subgroup_is_reported(shared_data, tmp_path):
+    """All 1,773 problems of the real slice on the shipped backbones: none is too long, and the report is whole."""
     folder = shared_data / "scienceqa"
     if not (folder / "problems.json").is_file():
         pytest.skip(f"no ScienceQA at {folder}")
-    whole = load(folder, captions=True)
+    overrides = {"adem.evaluation_splits": ["val", "test"], "adem.epochs": 0.05, "adem.warmup_epochs": 0.0}
+    own = load_profile("tiny", overrides).adem
+    assert (own.max_tokens, own.language_model) == (1024, "tiny/science_llama")
+    whole = science.load_problems(own, tmp_path / "unused", folder)
     assert len(whole.problems) == 1773 and whole.rejects.empty
     train = whole.problems[whole.problems["split"] == "train"]
-    test = whole.problems[whole.problems["split"] != "train"].reset_index(drop=True)
-    own = science.changed(config, {"max_tokens": 600, "epochs": 0.1, "warmup_epochs": 0.0, "batch_size": 8})
+    asked = whole.problems[whole.problems["split"] != "train"].reset_index(drop=True)
     model = science.build_model(own)
-    result, skipped = science.train_adem(model, train, own, tmp_path, progress=False)
-    assert result.status == "complete" and 0 < len(skipped) < 0.5 * len(train)
-    joined = answering.join_predictions(test, train, {"": answering.predict(model, test, own)})
+    result, skipped = science.train_adem(model, train, own, tmp_path / "run", progress=False)
+    assert result.status == "complete" and skipped.empty
+    joined = answering.join_predictions(asked, train, {"": answering.predict(model, asked, own)})
     scored = answering.scores(joined)
-    assert len(train) + scored[""]["total"] == 1773
-    official = joined[joined["pid"].isin(test.loc[test["split"] == "test", "pid"])]
+    assert len(train) + scored[""]["total"] == 1773 and answering.too_long(joined).empty
+    assert scored[""]["missing"] == 0 and joined["scores"].map(len).tolist() == asked["choices"].map(len).tolist()
+    official = joined[joined["pid"].isin(asked.loc[asked["split"] == "test", "pid"])]
     assert answering.scores(official)["first_choice"]["accuracy"] == 40.72  # 147 of this slice's 361
     assert all(name in scored[""] for name in ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12"))
-    assert joined["scores"].map(len).eq(0).sum() == (joined["generated"] == "").sum()

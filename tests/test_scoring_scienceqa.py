@@ -209,6 +209,16 @@ def test_gold_from_conversations(save):
             scoring.read_gold(save([*items, bad]))
 
 
+def test_gold_from_a_folder(save, tmp_path):
+    with pytest.raises(ResultsError, match=r"holds no gold: neither problems.json nor llava_test_CQM-A.json"):
+        scoring.read_gold(tmp_path)
+    turns = [{"from": "human", "value": "Which?\nA. no\nB. yes"}, {"from": "gpt", "value": "B"}]
+    save([{"id": "4", "conversations": turns}], "llava_test_CQM-A.json")
+    assert scoring.read_gold(tmp_path) == {"4": Gold(1, 2, False, False)}
+    save({"1": RECORD}, "problems.json")
+    assert list(scoring.read_gold(tmp_path)) == ["1"]
+
+
 def test_a_broken_gold_problem_is_an_error(save):
     with pytest.raises(ResultsError, match="problem 2: the answer 5"):
         scoring.read_gold(save({"1": RECORD, "2": RECORD | {"answer": 5}}))

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from helpers import training
 from helpers import training_scienceqa as science
 from helpers.config import ConfigError, load_profile
 from helpers.corpora import CorpusError, diagrams, scienceqa
 from helpers.corpora.scienceqa import load
-from helpers.models.adem_vl import AdemVLError
+from helpers.models.adem_vl import AdemVLError, fit_scales
 from helpers.training import CheckpointError, TrainingError
 
 
@@ -59,15 +59,17 @@ def run(folder, problems, config, **options):
     [
         ("paper", {"epochs": 20, "warmup_epochs": 2, "weight_decay": 0.02, "learning_rate": 9e-3 * 32 / 256}),
         ("student", {"epochs": 5, "warmup_epochs": 0, "weight_decay": 0.05, "batch_size": 2, "accumulation": 16}),
+        ("student", {"protocol": "released mismatch", "normalisation": "imagenet"}),
         ("student_batch4", {"batch_size": 4, "accumulation": 8, "weight_decay": 0.01}),
-        ("student_adapter16", {"adapter_dim": 16}),
+        ("student_adapter16", {"adapter_dim": 16, "protocol": "released mismatch"}),
         ("t4", {"quantisation": "nf4", "max_tokens": 512, "gradient_checkpointing": True, "checkpoint_minutes": 10}),
+        ("t4", {"normalisation": "encoder", "protocol": "QCM-A"}),
     ],
 )
 def test_presets_are_the_recipes(preset, keys):
     config = load_profile("tiny", {"adem.preset": preset}).adem
     assert {key: getattr(config, key) for key in keys} == pytest.approx(keys)
-    assert config.batch_size * config.accumulation == 32 and config.scales == [256, 64]
+    assert config.batch_size * config.accumulation == 32 and fit_scales(config.scales, 16) == (256, 64)
     assert (config.alpha, config.beta, config.drop_ratio, config.max_tokens) == (0.1, 0.01, 0.1, 512)
 
 
@@ -78,6 +80,34 @@ def test_unknown_presets_and_endless_warm_up_are_refused():
         load_profile("tiny", {"adem.warmup_epochs": 9})
     with pytest.raises(ConfigError, match=r"did you mean 'adem.epochs'"):
         load_profile("tiny", {"adem.epoch": 9})
+    for splits, fault in ((["val", "val"], "names a split twice"), (["train"], "'val' or 'test'"), ([], "at least 1")):
+        with pytest.raises(ConfigError, match=fault):
+            load_profile("tiny", {"adem.evaluation_splits": splits})
+
+
+def test_another_encoder_is_one_key_away(tmp_path, make_config, problems):
+    """A SigLIP of another grid: its own normalisation and scales, without another key; the tiny profile's is CLIP's."""
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    SiglipVisionModel(SiglipVisionConfig(**size, image_size=56, patch_size=4)).save_pretrained(tmp_path / "siglip")
+    path = problems[problems["image"] != ""]["image"].iloc[0]
+    for changes, normalisation, scales, side in (
+        ({}, "clip", (64, 16), 64),
+        ({"vision_model": str(tmp_path / "siglip")}, "siglip", (196, 49), 56),
+        ({"normalisation": "imagenet"}, "imagenet", (64, 16), 64),
+    ):
+        config = make_config(**changes)
+        model = science.build_model(config)
+        assert model.config.scales == scales
+        assert torch.equal(science.images_for(model, config)(path), science.Images(side, normalisation)(path))
+
+
+def test_a_trained_model_is_loaded_on_the_profiles_base_models(tmp_path, make_config):
+    config = make_config()
+    model = science.build_model(config)
+    model.save_pretrained(tmp_path / "adem_vl")
+    again = science.load_model(config, tmp_path / "adem_vl")
+    assert again.tokenizer is not None and again.config.to_dict() == model.config.to_dict()
+    assert all(torch.equal(t, again.adapter_tensors()[name]) for name, t in model.adapter_tensors().items())
 
 
 # ---- batches ----
@@ -252,6 +282,8 @@ def test_the_world_or_a_folder_of_yours(tmp_path, make_config):
     config = make_config(world_train=6, world_test=4)
     found = science.load_problems(config, tmp_path / "world")
     assert found.problems["split"].value_counts().to_dict() == {"train": 6, "test": 4}
+    both = science.load_problems(make_config(evaluation_splits=["val", "test"]), tmp_path / "u", tmp_path / "world")
+    assert both.problems["split"].value_counts().to_dict() == {"val": science.VALIDATION, "train": 6, "test": 4}
     own = science.load_problems(make_config(corpus="scienceqa"), tmp_path / "unused", tmp_path / "world")
     pd.testing.assert_frame_equal(own.problems, found.problems)
     assert not (tmp_path / "unused").exists()
@@ -281,11 +313,37 @@ def test_ablation_rows_are_models_that_can_be_built(make_config):
             model = science.build_model(science.changed(config, values))
             counts[label] = sum(t.numel() for t in model.adapter_tensors().values())
         if name == "ladder":
-            assert list(rows)[:5] == ["base", "+ CLS", "+ cross-attention", "+ multiscale", "+ fusion"]
-            assert counts["base"] < counts["+ CLS"] == counts["+ cross-attention"] < counts["+ multiscale"]
+            assert list(rows)[:5] == ["base", "+ CLS", "+ cross-attention (SiLU)", "+ multiscale", "+ fusion"]
+            assert counts["base"] < counts["+ CLS"] == counts["+ cross-attention (SiLU)"] < counts["+ multiscale"]
+            assert [rows[label]["phi"] for label in list(rows)[1:3]] == ["identity", "silu"]
             assert counts["+ multiscale"] == counts["+ fusion"] < counts["learnable threshold"]
     with pytest.raises(ValueError, match="there are ladder"):
         science.ablation_rows("laddr", 8)
+
+
+def test_scales_are_the_papers_as_far_as_the_grid_goes():
+    paper = [(256,), (64,), (16,), (64, 16), (256, 16), (256, 64), (256, 64, 16)]
+    assert sorted(tuple(row["scales"]) for row in science.ablation_rows("scales", 16).values()) == sorted(paper)
+    assert list(science.ablation_rows("scales", 14)) == ["196", "49", "196+49"]
+    with pytest.raises(ValueError, match="27x27 patch grid has an odd side"):
+        science.ablation_rows("scales", 27)
+
+
+def test_other_base_models_bring_their_own_normalisation_and_grid(make_config):
+    config = make_config(language_revision="abc", vision_revision="def")
+    rows = {label: science.changed(config, values) for label, values in science.ablation_rows("bases", 8).items()}
+    assert all(row.scales is None and row.normalisation == "encoder" for row in rows.values())
+    models = [
+        (row.language_model, row.language_revision, row.vision_model, row.vision_revision) for row in rows.values()
+    ]
+    llama, clip = config.language_model, config.vision_model
+    assert models == [
+        (llama, "abc", clip, "def"),
+        ("meta-llama/Llama-3.2-1B", None, clip, "def"),
+        ("meta-llama/Llama-3.2-3B", None, clip, "def"),
+        (llama, "abc", "openai/clip-vit-large-patch14-336", None),
+        (llama, "abc", "google/siglip-base-patch16-224", None),
+    ]
 
 
 def test_values_that_cannot_be_are_refused_when_the_model_is_built(make_config):

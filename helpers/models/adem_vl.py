@@ -100,8 +100,8 @@ class AdemVLConfig:
     """Width of the adapters inside the vision encoder."""
     projector_dim: int = 128
     """Hidden width of the two projectors."""
-    scales: tuple[int, ...] = (256, 64)
-    """Visual positions of each scale: squares whose side divides that of the patch grid."""
+    scales: tuple[int, ...] | None = (256, 64)
+    """Visual positions of each scale, as `fit_scales` takes them."""
     alpha: float = 0.1
     """Weight of the cross-attention's result."""
     beta: float = 0.01
@@ -128,7 +128,7 @@ class AdemVLConfig:
             raise AdemVLError(
                 f"vision_config is of {self.vision_config.model_type!r}; it must be one of {', '.join(VISION_MODELS)}"
             )
-        object.__setattr__(self, "scales", tuple(self.scales))
+        object.__setattr__(self, "scales", fit_scales(self.scales, self.grid))
         for name, valid in (("cross_attention", PLACEMENTS), ("phi", tuple(PHI))):
             if getattr(self, name) not in valid:
                 raise AdemVLError(f"{name} is {getattr(self, name)!r}; {nearest(str(getattr(self, name)), valid)}")
@@ -140,22 +140,16 @@ class AdemVLConfig:
                 raise AdemVLError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.learnable_threshold and not self.drop_ratio:
             raise AdemVLError("learnable_threshold starts where drop_ratio says: drop_ratio must be above 0")
-        self._check_scales()
-
-    def _check_scales(self) -> None:
-        grid = self.grid
-        possible = [side * side for side in range(grid, 0, -1) if grid % side == 0]
-        wrong = [scale for scale in self.scales if scale not in possible]
-        if wrong or not self.scales:
-            raise AdemVLError(
-                f"scales {self.scales}: {wrong or 'none are given'}; the encoder's {grid}x{grid} patch grid can be "
-                f"pooled to {', '.join(map(str, possible))} positions (squares whose side divides {grid})"
-            )
 
     @property
     def grid(self) -> int:
         """Side of the encoder's square patch grid."""
         return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def normalisation(self) -> str:
+        """The key of `NORMALISATION` that the encoder was trained with."""
+        return self.vision_config.model_type.removesuffix("_vision_model")
 
     @property
     def positions(self) -> int:
@@ -175,6 +169,24 @@ class AdemVLConfig:
             for key in ("_name_or_path", "quantization_config"):  # facts of a loaded model; a path may be absolute
                 values[name].pop(key, None)
         return values | {"scales": list(self.scales)}
+
+
+def fit_scales(scales: Sequence[int] | None, grid: int) -> tuple[int, ...]:
+    """`scales` as a tuple, for a patch grid of side `grid`; None: every patch, and means of 2 x 2 patches.
+
+    Raises AdemVLError for a scale that is no square whose side divides the grid's, and for None on an odd grid.
+    """
+    possible = [side * side for side in range(grid, 0, -1) if grid % side == 0]
+    wrong = [scale for scale in scales or () if scale not in possible]
+    if scales is None and grid % 2 == 0:
+        return grid * grid, grid * grid // 4
+    if wrong or not scales:
+        fault = "the side is odd, so it cannot be halved" if scales is None else wrong or "none are given"
+        raise AdemVLError(
+            f"scales {'null' if scales is None else list(scales)}: {fault}; the encoder's {grid}x{grid} patch grid can "
+            f"be pooled to {', '.join(map(str, possible))} positions (squares whose side divides {grid})"
+        )
+    return tuple(scales)
 
 
 def _hf_config(config: PreTrainedConfig | dict[str, Any], name: str) -> PreTrainedConfig:

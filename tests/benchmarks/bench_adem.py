@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from helpers.models.adem_vl import AdemVL, AdemVLConfig, _Visual
-from helpers.step_cost import kept_bytes, seconds, step_cost
+from helpers.step_cost import KEPT, kept_bytes, seconds, step_cost
 
 ROUNDS = 5
 # A training step of the paper in its own shapes, but for the number of blocks: 2 rows of ScienceQA's usual length
@@ -106,12 +106,9 @@ def cross_attention() -> list[dict]:
 
 def against_lora() -> list[dict]:
     """A training step of both on the same batch and base models: time and memory."""
-    hidden, blocks = 512, 6
-    costs = step_cost(hidden, blocks, ROWS, TEXT, ROUNDS)
+    costs, setting = step_cost(rows=ROWS, text=TEXT, rounds=ROUNDS, device=torch.device("cpu"))
     ratios = sorted(a / b for a, b in zip(costs.loc["lora", "rounds"], costs.loc["adem", "rounds"], strict=True))
-    setting = f"Llama of hidden {hidden}, {blocks} blocks; {ROWS} x {TEXT} text tokens"
-    counts = costs["trained"].astype(int).to_dict()
-    common = {"setting": f"{setting}, 256 patches as tokens or 320 visual positions, fp32", "trained": counts}
+    common = {"setting": f"{setting}, fp32", "trained": costs["trained"].astype(int).to_dict()}
     return [
         {
             "name": "a training step of LoRA with 256 image tokens over one of ADEM-VL",
@@ -124,10 +121,10 @@ def against_lora() -> list[dict]:
         },
         {
             "name": "memory kept for the backward pass: LoRA with 256 image tokens over ADEM-VL",
-            "ratio": round(costs.loc["lora", "megabytes"] / costs.loc["adem", "megabytes"], 3),
+            "ratio": round(costs.loc["lora", KEPT] / costs.loc["adem", KEPT], 3),
             "aim": ">= 1",
             "unit": "x bytes, higher is better",
-            "megabytes": costs["megabytes"].round(1).to_dict(),
+            "megabytes": costs[KEPT].round(1).to_dict(),
             **common,
         },
     ]

@@ -2,7 +2,9 @@
 
 What the suite's own encoder and training loop reach in the shapes of X-CLIP B/16 at 16 frames and of Llama 3.2 3B with
 LoRA (in NF4 and unquantised), and how that compares with the arithmetic: GIFs and tokens a second, peak memory, share
-of the card's peak rate, and from it the hours for 120,000 GIFs. Weights do not change the time, so none is downloaded.
+of the card's peak rate, and from it the hours for 120,000 GIFs. And a training step of ADEM-VL against one of LoRA with
+the image as input tokens, in the shapes of LLaMA-7B in NF4 and CLIP ViT-L/14. Weights do not change the time, so none
+is downloaded.
 `--small` tries the script out in seconds, also on a CPU; its numbers mean nothing.
 """
 
@@ -18,14 +20,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, XCLIPConfig, XCLIPModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, XCLIPConfig, XCLIPModel
 
+from helpers import step_cost
 from helpers.config import load_profile
+from helpers.models.adem_vl import AdemVL
 from helpers.models.gif_qa import GifQAModel
 from helpers.models.xclip import FrameEncoder, load_xclip
 from helpers.stage import write_json
 from helpers.training import train
-from helpers.workspace import compute_dtype, device, machine, package_versions
+from helpers.workspace import compute_dtype, device, free_memory, machine, package_versions
 from tests.benchmarks.bench_training import Embeddings
 from tests.conftest import save_tiny_tokenizer
 
@@ -45,6 +49,9 @@ class Shapes:
     gflop_row: float
     batches: int
     steps: int
+    science_llama: dict[str, Any]  # of ADEM-VL against LoRA
+    science_clip: dict[str, Any]
+    science_batch: tuple[int, int]  # problems, and text tokens of each
 
 
 FULL = Shapes(
@@ -64,6 +71,16 @@ FULL = Shapes(
     gflop_row=2 * 5.64 * TOKENS + 7 + 2 * 0.79 * 3,
     batches=40,
     steps=60,
+    science_llama={
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    science_clip={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    | {"image_size": 224, "patch_size": 14, "projection_dim": 768},
+    science_batch=(4, 160),
 )
 SMALL = Shapes(
     vision={
@@ -84,6 +101,11 @@ SMALL = Shapes(
     gflop_row=0.0,
     batches=3,
     steps=6,
+    science_llama={"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    | {"num_attention_heads": 2},
+    science_clip={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    | {"image_size": 32, "patch_size": 8},
+    science_batch=(2, 20),
 )
 
 
@@ -206,6 +228,32 @@ def training_steps(folder: Path, shapes: Shapes, quantisation: str) -> dict[str,
     }
 
 
+def adem_against_lora(folder: Path, shapes: Shapes, rounds: int = 5) -> dict[str, Any]:
+    """A training step of ADEM-VL and of LoRA with image tokens, both on the language model in NF4: time and memory."""
+    tokenizer = save_tiny_tokenizer(folder / "science_llama")
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.device(device()):
+        config = LlamaConfig(**shapes.science_llama, **special, dtype=torch.bfloat16)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "science_llama")
+    CLIPVisionModel(CLIPVisionConfig(**shapes.science_clip)).save_pretrained(folder / "science_clip")
+    free_memory()
+
+    def build() -> AdemVL:
+        names = str(folder / "science_llama"), str(folder / "science_clip")
+        return AdemVL.build(*names, quantisation="nf4", scales=None)
+
+    models = {"lora": step_cost.PrefixLoRA(build()).train(), "adem": build().train()}
+    batch = step_cost.random_batch(models["adem"].config, *shapes.science_batch, device())
+    table = step_cost.compare(models, batch, rounds)
+    pairs = zip(table.loc["lora", "rounds"], table.loc["adem", "rounds"], strict=True)
+    return {
+        "setting": f"{step_cost.shapes(models['adem'].config, batch)}, NF4",
+        **table.drop(columns="rounds").astype(float).round(1).to_dict(orient="index"),
+        "time_lora_over_adem": round(float(np.median([lora / adem for lora, adem in pairs])), 3),
+        "memory_lora_over_adem": round(float(table.iloc[0, 1] / table.iloc[1, 1]), 3),
+    }
+
+
 def measure(shapes: Shapes) -> dict[str, Any]:
     """All measurements, and the hours that follow for 120,000 GIFs beside the original's."""
     with tempfile.TemporaryDirectory() as name:
@@ -214,8 +262,8 @@ def measure(shapes: Shapes) -> dict[str, Any]:
         found = {"encoding": encode(folder, shapes)}
         for quantisation in ("nf4", "none"):
             found[f"training_{quantisation}"] = training_steps(folder, shapes, quantisation)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
+        found["adem_against_lora"] = adem_against_lora(folder, shapes)
     once, epoch = found["encoding"]["hours_for_120k"], found["training_nf4"]["hours_an_epoch_of_120k"]
     hours = {"original_first_epoch": ORIGINAL_HOURS, "first_epoch": once + epoch, "three_epochs": once + 3 * epoch}
     return found | {"hours_for_120k": {key: round(value, 3) for key, value in hours.items()}}

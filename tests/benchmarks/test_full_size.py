@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, XCLIPConfig, XCLIPModel
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, XCLIPConfig, XCLIPModel
 
+from helpers import step_cost
+from helpers.models.adem_vl import AdemVL, AdemVLConfig
 from tests.benchmarks import full_size
 
 
@@ -16,6 +18,12 @@ def test_small_models_go_through_all_measurements():
     hours = found["hours_for_120k"]
     once, epoch = found["encoding"]["hours_for_120k"], found["training_nf4"]["hours_an_epoch_of_120k"]
     assert hours["three_epochs"] == pytest.approx(once + 3 * epoch, abs=1e-3)
+    pair = found["adem_against_lora"]
+    assert "16 image tokens (lora) or 20 visual positions (adem)" in pair["setting"] and "NF4" in pair["setting"]
+    memory = step_cost.PEAK if torch.cuda.is_available() else step_cost.KEPT
+    for name in ("lora", "adem"):
+        assert pair[name].keys() == {"milliseconds", memory, "trained"} and pair[name][memory] > 0
+    assert pair["memory_lora_over_adem"] == pytest.approx(pair["lora"][memory] / pair["adem"][memory], rel=0.2)
 
 
 def test_full_shapes_are_those_of_the_published_models():
@@ -27,3 +35,11 @@ def test_full_shapes_are_those_of_the_published_models():
     assert xclip.vision_model.embeddings.position_embedding.weight.shape == (patches + 1, 768)
     assert sum(p.numel() for p in xclip.mit.parameters()) == pytest.approx(3e6, rel=0.1)
     assert xclip.config.vision_config.num_hidden_layers == 12
+
+
+def test_the_science_pair_has_the_papers_shapes():
+    with torch.device("meta"):
+        llama, clip = LlamaConfig(**full_size.FULL.science_llama), CLIPVisionConfig(**full_size.FULL.science_clip)
+        model = AdemVL(AdemVLConfig(llama, clip, scales=None))
+    assert sum(p.numel() for p in model.language_model.parameters()) == 6_738_415_616  # LLaMA-7B
+    assert sum(t.numel() for t in model.adapter_tensors().values()) == 4_530_432

@@ -26,7 +26,16 @@ from transformers import (
 )
 
 from helpers.models import adem_vl
-from helpers.models.adem_vl import AdemVL, AdemVLConfig, AdemVLError, PromptTooLong, collate, encode
+from helpers.models.adem_vl import (
+    NORMALISATION,
+    AdemVL,
+    AdemVLConfig,
+    AdemVLError,
+    PromptTooLong,
+    collate,
+    encode,
+    fit_scales,
+)
 
 WIDTH, DIM, LAYERS, GRID = 24, 32, 3, 4
 SCALES = (16, 4)
@@ -938,6 +947,21 @@ def test_released_checkpoints_are_loaded_strictly_and_safely(tmp_path):
 def test_configurations_that_cannot_be_are_refused(changes, fault):
     with pytest.raises(AdemVLError, match=fault):
         make_config(**changes)
+
+
+def test_scales_of_none_are_the_grid_and_its_half():
+    assert fit_scales(None, 16) == (256, 64) and fit_scales(None, 24) == (576, 144)
+    assert fit_scales([16, 4], 8) == (16, 4)
+    with pytest.raises(AdemVLError, match=r"scales null: the side is odd.*27x27 .* 729, 81, 9, 1 positions"):
+        fit_scales(None, 27)
+
+
+def test_encoders_name_their_own_normalisation():
+    llama = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    for vision, name in ((CLIPVisionConfig(image_size=32, patch_size=8), "clip"), (SiglipVisionConfig(), "siglip")):
+        config = AdemVLConfig(llama, vision, scales=None)
+        assert config.normalisation == name in NORMALISATION
+        assert AdemVLConfig(**config.to_dict()).scales == config.scales
 
 
 def test_other_language_models_are_refused():
