@@ -67,7 +67,8 @@ def _found(folder: Path, origin: str, profile: Profile) -> FoundAdem:
     if not manifest:
         return FoundAdem(folder, origin, profile.adem)
     settings = manifest["settings"]
-    config = AdemConfig.model_validate(settings["profile"]["adem"])
+    # A manifest leaves out what only paces a run.
+    config = AdemConfig.model_validate(profile.adem.model_dump() | settings["profile"]["adem"])
     # A folder that was given, or what was fetched into the stage's own.
     places = [Path(given)] if (given := settings["parameters"]["data"]) else [folder.parent / "world"]
     places = places if given or config.corpus == "scienceqa" else []

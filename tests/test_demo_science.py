@@ -20,7 +20,7 @@ from helpers.demo_page import DemoPage
 from helpers.demo_science import Science, find_adem, find_problems, problem_panel, regions_panel, science_panel
 from helpers.models.adem_vl import AdemVL
 from helpers.scoring_scienceqa import WRONG
-from helpers.stage import write_json
+from helpers.stage import load_suite, stage_settings, suite_file, write_json
 from helpers.training_scienceqa import changed
 
 NASTY = "<script>alert('x')</script> \"&<b>"
@@ -56,7 +56,9 @@ def fake_adem(folder, finished="", data="", **settings):
     folder.mkdir(parents=True)
     write_json(folder / "adem_vl.json", {})
     if finished:
-        adem = load_profile("tiny").adem.model_dump(mode="json") | settings
+        suite = load_suite(suite_file())
+        kept = stage_settings(suite.spec("05_adem_scienceqa"), load_profile("tiny"), {"data": data}, folder.parents[1])
+        adem = kept["profile"]["adem"] | settings  # what a real manifest holds
         manifest = {"finished": finished, "settings": {"profile": {"adem": adem}, "parameters": {"data": data}}}
         write_json(folder.parent / "stage.json", manifest)
     return folder
