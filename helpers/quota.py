@@ -1,7 +1,8 @@
 """GPU time by the week: what was used, what is left, what the stages will take, and when work must stop.
 
 Used time is kept in a ledger of this suite's own sessions. Where a Kaggle token is at hand, the account's own figure
-stands beside it, and the higher of the two counts. The same functions decide in a real run and in `simulate`.
+of sessions that have ended stands beside it, and the higher of the two counts. The same functions decide in a real run,
+before a push to Kaggle and in `simulate`.
 """
 
 import csv
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -125,18 +126,18 @@ class Ledger:
             self._append({"refresh": at})
             self.refresh = at
 
-    def used(self, start: float, end: float, where: str, now: float) -> float:
-        """Return the GPU seconds of sessions on platform `where` between two times.
+    def used(self, start: float, end: float, where: str, now: float, sessions: Collection[str] | None = None) -> float:
+        """Return the GPU seconds of `sessions` (None: of all) on platform `where` between two times.
 
         Lengths come from a clock that is never set. Only the week that they belong to depends on the wall clock: where
         that moved backwards, time counts as late as it may have been, so that too much rather than too little is used.
         """
         total = 0.0
-        sessions: dict[str, list[Beat]] = {}
+        found: dict[str, list[Beat]] = {}
         for beat in self.beats:
-            if beat.platform == where:
-                sessions.setdefault(beat.session, []).append(beat)
-        for beats in sessions.values():
+            if beat.platform == where and (sessions is None or beat.session in sessions):
+                found.setdefault(beat.session, []).append(beat)
+        for beats in found.values():
             seconds, latest = 0.0, -math.inf
             for beat in sorted(beats, key=lambda beat: beat.seconds):
                 latest = max(latest, min(beat.at, now))
@@ -177,6 +178,11 @@ class Account:
     refresh: float | None
 
 
+def timestamp(moment: datetime) -> float:
+    """Return seconds since 1970; clients before 2.2.5 leave out the offset of UTC."""
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
 def parse_account(text: str) -> Account:
     """Read the CSV of `kaggle quota -v`; raises QuotaUnknown if it holds no GPU row that can be read."""
     lines = text.splitlines()
@@ -186,12 +192,10 @@ def parse_account(text: str) -> Account:
         if row["resource"] == "GPU":
             try:
                 hours = [float(row[name].removesuffix("h")) for name in ("used", "total")]
-                refresh = datetime.fromisoformat(row["refreshAt"]) if row["refreshAt"] else None
+                refresh = timestamp(datetime.fromisoformat(row["refreshAt"])) if row["refreshAt"] else None
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise QuotaUnknown(f"`kaggle quota -v` answered what cannot be read ({error}): {row}") from error
-            if refresh is not None and refresh.tzinfo is None:  # clients before 2.2.5 leave out the offset of UTC
-                refresh = refresh.replace(tzinfo=UTC)
-            return Account(*hours, refresh.timestamp() if refresh else None)
+            return Account(*hours, refresh)
     raise QuotaUnknown(f"`kaggle quota -v` tells of no GPU: {text.strip()[:200]!r}")
 
 
@@ -244,36 +248,49 @@ def week(now: float, refresh: float | None = None) -> tuple[float, float]:
 
 
 def budget(
-    ledger: Ledger, weekly_hours: float, now: float, account: Account | None = None, where: str = "kaggle"
+    ledger: Ledger,
+    weekly_hours: float,
+    now: float,
+    account: Account | None = None,
+    where: str = "kaggle",
+    running: Collection[str] = (),
 ) -> Budget:
-    """Return this week's budget: the account's figure and the ledger's, whichever has used more.
+    """Return this week's budget: the account's figure or the ledger's, whichever has used more.
 
-    weekly_hours: the hours a week where there is no account to say.
+    weekly_hours: the hours a week where there is no account to say. running: names of sessions that had not ended when
+    the account was asked. It only reserves their time, so what the ledger has of them comes on top of its figure.
     """
     if account is not None and account.refresh is not None:
         ledger.note_refresh(account.refresh)
     start, end = week(now, ledger.refresh)
     used, total, source = ledger.used(start, end, where, now), weekly_hours * HOUR, "ledger"
     if account is not None:
-        total = account.total * HOUR
-        if account.used * HOUR >= used:
-            used, source = account.used * HOUR, "account"
+        total, open_ = account.total * HOUR, ledger.used(start, end, where, now, running)
+        if account.used * HOUR + open_ >= used:
+            used, source = account.used * HOUR + open_, "account and running sessions" if open_ else "account"
     warnings = [*ledger.warnings, ledger.clock_fault(now)]
     return Budget(used, total, end, source, tuple(filter(None, warnings)))
 
 
-def read_budget(weekly_hours: float | None, default_hours: float) -> Budget:
+def read_budget(
+    weekly_hours: float | None,
+    default_hours: float,
+    ask: Callable[[], Account] | None = None,
+    running: Collection[str] = (),
+) -> Budget:
     """Return the budget of the platform at hand, asking Kaggle where that is the platform; failures become warnings.
 
-    weekly_hours: what the user sets, which an account cannot raise; None: the account's, else `default_hours`.
+    weekly_hours: what the user sets, which an account cannot raise; None: the account's, else `default_hours`. ask: how
+    to ask for the account's quota, whatever the platform at hand. running: sessions under way besides this one.
     """
-    ledger, where, account, warnings = open_ledger(), counted_platform(), None, ()
+    ledger, where, account, warnings = open_ledger(), "kaggle" if ask else counted_platform(), None, ()
     if where == "kaggle":
         try:
-            account = ask_account()
+            account = (ask or ask_account)()
         except QuotaUnknown as error:
             warnings = (f"The account's quota is not known: {error}. Only this workspace's own sessions are counted.",)
-    found = budget(ledger, weekly_hours or default_hours, time.time(), account, where)
+    open_ = {session_name(), *running}
+    found = budget(ledger, weekly_hours or default_hours, time.time(), account, where, open_)
     if weekly_hours is not None:
         found = replace(found, total=min(found.total, weekly_hours * HOUR))
     return replace(found, warnings=(*found.warnings, *warnings))
@@ -378,11 +395,14 @@ def _measured(spec: StageSpec, profile: Profile, names: set[str]) -> tuple[float
     return None
 
 
-def forecast(spec: StageSpec, profile: Profile, run_folder: Path, given_bundle: bool = False) -> Forecast:
+def forecast(
+    spec: StageSpec, profile: Profile, run_folder: Path, given_bundle: bool = False, cards: set[str] | None = None
+) -> Forecast:
     """Forecast what a stage will still take in a run.
 
     In this order: nothing if it is done; its own checkpoints; a finished run of the profile on the same GPU; the
-    minutes of suite.yaml, which nobody has measured. given_bundle: nothing is trained, a bundle is only copied.
+    minutes of suite.yaml, which nobody has measured. given_bundle: nothing is trained, a bundle is only copied. cards:
+    names of the GPUs that the stage will run on; None: of those that are here.
     """
     folder = run_folder / spec.name
     manifest = read_manifest(find_stage(run_folder, spec.name))
@@ -392,7 +412,7 @@ def forecast(spec: StageSpec, profile: Profile, run_folder: Path, given_bundle: 
         return Forecast(spec.name, START_UP_SECONDS, "the given bundle is only copied", spec.gpu)
     if found := _trained(folder) or _encoded(folder):
         return Forecast(spec.name, *found, spec.gpu, measured=True)
-    if found := _measured(spec, profile, {gpu.name for gpu in gpus()}):
+    if found := _measured(spec, profile, {gpu.name for gpu in gpus()} if cards is None else cards):
         return Forecast(spec.name, *found, spec.gpu)
     return from_minutes(spec, profile)
 

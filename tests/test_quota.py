@@ -206,6 +206,21 @@ def test_whichever_has_counted_more_counts(tmp_path):
     assert less.sentence() == "10.0 of 37 GPU-hours used this week (ledger), 27.0 left; refreshed Sat 21 Nov 00:00 UTC"
 
 
+def test_running_sessions_come_on_top_of_an_account_that_tells_of_ended_ones(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    ledger.note("ended", "kaggle", 8 * HOUR, NOW - 10 * HOUR)
+    ledger.note("own", "kaggle", 5 * HOUR, NOW)
+    found = budget(ledger, 30, NOW, quota.Account(20, 30, SATURDAY), running={"own"})
+    assert (found.used, found.left, found.source) == (25 * HOUR, 5 * HOUR, "account and running sessions")
+    assert budget(ledger, 30, NOW, quota.Account(2, 30, SATURDAY), running={"own"}).used == 13 * HOUR
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    for name, value in {"session_name": lambda: "own", "counted_platform": lambda: "kaggle"}.items():
+        monkeypatch.setattr(quota, name, value)
+    monkeypatch.setattr(quota.time, "time", lambda: NOW)
+    monkeypatch.setattr(quota, "ask_account", lambda: quota.Account(20, 30, SATURDAY))
+    assert quota.read_budget(None, 30).used == 25 * HOUR  # of this session the ledger knows
+
+
 def test_deadline_is_the_sessions_end_or_the_weeks_hours_whichever_is_first():
     end = NOW + 10 * HOUR
     assert deadline(Budget(0, 30 * HOUR, SATURDAY), NOW, end) == end
