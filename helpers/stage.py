@@ -62,6 +62,7 @@ class StageSpec(BaseModel):
     always: bool = False
     gpu: bool = False
     probe: bool = False
+    push_if_named: list[str] = Field(default_factory=list)
     minutes: dict[str, float]
     gigabytes: dict[str, float]
     kaggle_sources: list[str] = Field(default_factory=list)

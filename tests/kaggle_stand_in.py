@@ -16,6 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ class Refusal(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Span(timedelta):
+    """A length of time that the SDK writes whole: it asks for `seconds`, from which a timedelta leaves out its days."""
+
+    seconds = property(lambda self: int(self.total_seconds()))
 
 
 @dataclass
@@ -103,6 +110,7 @@ class StandIn:
         self.session_environment: dict[str, list[dict[str, str]]] = {}  # variables of the next runs
         self.not_ready = 0  # requests answered 403 after a data set was made
         self.cap = 2  # GPU sessions at once
+        self.gpu_hours = (0.0, 30.0)  # used and allowed this week
         self.lose_requests: list[str] = []  # endpoints whose next request is dropped before it is read
         self.lose_answers: list[str] = []  # endpoints whose next answer is dropped after it took effect
         self.held: set[str] = set()  # endings of notebooks that stay in the queue
@@ -201,6 +209,9 @@ class StandIn:
             "GetDataset": (data_sets.ApiGetDatasetRequest, self._get_data_set),
             "ListDatasetFiles": (data_sets.ApiListDatasetFilesRequest, self._list_data_set),
         }
+        if hasattr(kernels, "ApiGetAcceleratorQuotaStatisticsRequest"):  # older clients do not ask
+            asked = kernels.ApiGetAcceleratorQuotaStatisticsRequest
+            endpoints["GetAcceleratorQuotaStatistics"] = (asked, self._quota)
         if name not in endpoints:
             raise Refusal(501, f"the stand-in has no {name}")
         kind, function = endpoints[name]
@@ -276,6 +287,13 @@ class StandIn:
             file.name = name
             files.append(file)
         answer.dataset_files = files
+        return answer
+
+    def _quota(self, request: Any) -> Any:
+        answer = kernels.ApiGetAcceleratorQuotaStatisticsResponse()
+        answer.gpu_quota = kernels.ApiAcceleratorQuota()
+        answer.gpu_quota.time_used, answer.gpu_quota.total_time_allowed = (Span(hours=h) for h in self.gpu_hours)
+        answer.quota_refresh_time = datetime.now(UTC) + timedelta(days=3)
         return answer
 
     # -- notebooks
