@@ -864,37 +864,53 @@ def _strip_deadline(argv: Sequence[str]) -> tuple[list[str], float]:
     return rest, parse_deadline(known.deadline) if known.deadline else math.inf
 
 
+@contextlib.contextmanager
+def _alone(run: str) -> Iterator[None]:
+    """Keep other commands away from the run's folder, those that run notebooks here among them; raises StageError.
+
+    What the folder tells is read after this only: another command may have gone on with the run until now.
+    """
+    lock = runs_root() / run / ".lock"
+    hold_lock(lock, f"run {run!r}")
+    try:
+        yield
+    finally:
+        release_lock(lock)
+
+
 def _push(argv: Sequence[str]) -> int:
     """Push the stages as Kaggle notebooks, in order, wait for them and fetch what they make."""
     argv, deadline = _strip_deadline(argv)
     plan, state = _plan(argv)
-    path = plan.folder / "kaggle.json"
-    if path.is_file():
-        before = _read_state(plan.run)
-        if before["argv"] != state["argv"]:
-            raise ConfigError(
-                f"run {plan.run!r} was pushed with other options ({' '.join(before['argv']) or 'none'}): use --run NAME"
-            )
-        state = before
-    elif made := [spec.name for spec in plan.specs if (plan.folder / spec.name).exists()]:
-        raise ConfigError(f"run {plan.run!r} was made here ({', '.join(made)}): use --run NAME")
-    return _go(plan, state, deadline)
+    site = Site()
+    with _alone(plan.run):
+        if (plan.folder / "kaggle.json").is_file():
+            before = _read_state(plan.run)
+            if before["argv"] != state["argv"]:
+                options = " ".join(before["argv"]) or "none"
+                raise ConfigError(f"run {plan.run!r} was pushed with other options ({options}): use --run NAME")
+            state = before
+        elif made := [spec.name for spec in plan.specs if (plan.folder / spec.name).exists()]:
+            raise ConfigError(f"run {plan.run!r} was made here ({', '.join(made)}): use --run NAME")
+        return _go(plan, state, site, deadline)
 
 
 def _resume(argv: Sequence[str]) -> int:
     """Go on with a run that was pushed: what died is pushed again with the work that it left."""
     argv, deadline = _strip_deadline(argv)
-    state = _read_state(_run_parser("resume", _resume.__doc__).parse_args(argv).run)
-    return _go(_plan(state["argv"])[0], state, deadline)
+    run = _run_parser("resume", _resume.__doc__).parse_args(argv).run
+    _read_state(run)  # refuses a run that is none
+    site = Site()
+    with _alone(run):
+        state = _read_state(run)
+        return _go(_plan(state["argv"])[0], state, site, deadline)
 
 
-def _go(plan: Plan, state: dict[str, Any], deadline: float) -> int:
+def _go(plan: Plan, state: dict[str, Any], site: Site, deadline: float) -> int:
     from helpers.report import print_scores, write_report
 
     again = f"To go on: ./run_all.sh kaggle resume --run {plan.run}"
     try:
-        site = Site()
-        hold_lock(plan.folder / ".kaggle.lock", f"run {plan.run!r} on Kaggle")
         remote = Remote(plan, state, site)
         remote.recover()
         code = remote.follow(deadline)
@@ -903,8 +919,6 @@ def _go(plan: Plan, state: dict[str, Any], deadline: float) -> int:
         return PAUSED
     except Failed as error:
         raise Failed(f"{error}\n{again}") from error
-    finally:
-        release_lock(plan.folder / ".kaggle.lock")
     print_scores(plan.folder)
     print(f"Report: {write_report(plan.suite, plan.folder, plan.profile)}")
     return code
@@ -959,11 +973,13 @@ def _pull(argv: Sequence[str]) -> int:
     parser = _run_parser("pull", _pull.__doc__)
     _stage_argument(parser, "*")
     args = parser.parse_args(argv)
-    remote = _open(args.run)
-    specs = _chosen(remote, args.stages) if args.stages else remote.plan.specs
-    done = [spec for spec in specs if remote.status(spec) == "complete"]
-    for spec in done:
-        print(f"{spec.name}: {remote.pull(spec)}", flush=True)
+    _read_state(args.run)  # refuses a run that is none
+    with _alone(args.run):
+        remote = _open(args.run)
+        specs = _chosen(remote, args.stages) if args.stages else remote.plan.specs
+        done = [spec for spec in specs if remote.status(spec) == "complete"]
+        for spec in done:
+            print(f"{spec.name}: {remote.pull(spec)}", flush=True)
     for spec in specs:
         if spec not in done:
             print(f"{spec.name}: {remote.status(spec)}, nothing to fetch")

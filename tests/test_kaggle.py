@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 import zipfile
 from datetime import UTC, datetime
@@ -492,6 +494,39 @@ def test_a_run_is_not_pushed_again_with_other_options(quick, capfd):
 def test_an_input_that_the_run_does_not_hold_is_refused(quick, capfd):
     assert push("--only", "00", "--only", "02") == REFUSED and not quick.runs
     assert "02_feature_caching reads 01_data_sharding, which is not part of this run" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ two commands at once
+
+
+def test_what_another_command_has_done_until_the_lock_was_free_is_not_done_again(quick, monkeypatch):
+    quick.refuse["01-data-sharding"] = ["Kaggle is under maintenance"]
+    assert push("--only", "01") == FAILED
+    true = kaggle.hold_lock
+
+    def hold_lock(*arguments):
+        monkeypatch.setattr(kaggle, "hold_lock", true)
+        assert resume() == 0  # the other command
+        true(*arguments)
+
+    monkeypatch.setattr(kaggle, "hold_lock", hold_lock)
+    assert resume() == 0 and versions(quick, "01_data_sharding") == ["COMPLETE"]
+
+
+@pytest.mark.parametrize("command", ["resume", "pull"])
+def test_a_run_that_another_command_writes_to_is_refused(quick, account, capfd, command):
+    assert push("--only", "01") == 0
+    code = (  # as `run_all.sh --run tiny` does
+        "import sys, time, pathlib; from helpers.stage import hold_lock\n"
+        "hold_lock(pathlib.Path(sys.argv[1]), 'x'); print('held', flush=True); time.sleep(60)"
+    )
+    line = [sys.executable, "-c", code, str(account / "tiny" / ".lock")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=workspace.repo_root()) as other:
+        assert other.stdout.readline() == "held\n"
+        assert main(["kaggle", command, "--run", "tiny"]) == REFUSED
+        assert f"run 'tiny' is in use by another process (pid {other.pid})" in capfd.readouterr().err
+        other.kill()
+    assert main(["kaggle", command, "--run", "tiny"]) == 0
 
 
 # ------------------------------------------------------------------------------------------- made from suite.yaml
