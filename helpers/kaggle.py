@@ -363,6 +363,12 @@ class Site:
                 raise
             if answer is None:
                 return "no reason given"
+            filed = (answer.ref or "").strip("/").removeprefix("code/")
+            if filed and filed.lower() != ref.lower():
+                return (
+                    f"Kaggle filed it as {filed} instead of {ref}, where its results are looked for: stop and delete "
+                    "it there, and any notebook of that title, or use --run NAME"
+                )
             kinds = {"data sets": answer.invalid_dataset_sources, "notebooks": answer.invalid_kernel_sources}
             kinds["models"] = answer.invalid_model_sources
             invalid = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
@@ -473,8 +479,17 @@ class Remote:
                 self.note(spec, status="waiting", ran=False)
 
     def _hand_over(self, spec: StageSpec) -> None:
-        """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run."""
+        """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run.
+
+        It goes through this machine, so stages that are too large for that begin anew, which is told.
+        """
         if self._stays_there(spec):
+            print(
+                f"{spec.name}: the work of the run that ended is lost, and it begins anew. Kaggle attaches nothing of "
+                f"such a run, and more than {PULLED_GIGABYTES:g} GB are not handed over through this machine; what "
+                f"it left can be looked at in {self.state['stages'][spec.name]['kernel']} until the next push",
+                flush=True,
+            )
             return
         run, ref = self.plan.run, f"{self.site.owner}/{slug('gifqa', self.plan.run, spec.name[:2], 'work')}"
         with tempfile.TemporaryDirectory() as scratch:
@@ -592,7 +607,8 @@ class Remote:
     def _metadata(self, spec: StageSpec) -> dict[str, Any]:
         """Return kernel-metadata.json with the sources that the stage's state asks for."""
         source = self.state["stages"][spec.name]["source"]
-        data_sets = [*self.state["attach"]] if "gifs" in self.plan.parameters[spec.name] else []
+        reads_data = not {"gifs", "data"}.isdisjoint(self.plan.parameters[spec.name])
+        data_sets = [*self.state["attach"]] if reads_data else []
         data_sets += [source] if "/" in source else []
         return kernel_metadata(self.plan, spec, self.site.owner, data_sets, own_output=source == "own")
 
@@ -806,7 +822,13 @@ def push_parser() -> argparse.ArgumentParser:
         metavar=("NAME", "VALUE"),
         help="as in a run here",
     )
-    add("--attach", action="append", default=[], metavar="OWNER/DATASET", help="data set with GIFs or questions for 01")
+    add(
+        "--attach",
+        action="append",
+        default=[],
+        metavar="OWNER/DATASET",
+        help="data set with GIFs or questions for 01, or ScienceQA for 05",
+    )
     add("--wheels", action="store_true", help="send wheels of what Kaggle lacks along: notebooks need no internet")
     add("--session", type=float, default=12.0, metavar="HOURS", help="time limit of each session (default: 12)")
     add(

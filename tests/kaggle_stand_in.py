@@ -106,6 +106,7 @@ class StandIn:
         self.token = TOKEN
         self.refuse: dict[str, list[str]] = {}  # by the notebook's ending: Kaggle's reasons, one a push
         self.drop: dict[str, int] = {}  # by the notebook's ending: pushes whose sources vanish silently
+        self.rename: dict[str, str] = {}  # by the notebook's ending: the name under which it is filed instead
         self.faults: dict[str, list[Fault]] = {}  # by the notebook's ending, one a run
         self.session_environment: dict[str, list[dict[str, str]]] = {}  # variables of the next runs
         self.not_ready = 0  # requests answered 403 after a data set was made
@@ -323,6 +324,8 @@ class StandIn:
         if stage:
             self.drop[stage] -= 1
             sources = {"data": [], "kernel": []}
+        ref = next((f"{OWNER}/{name}" for key, name in self.rename.items() if ref.endswith(key)), ref)
+        request.slug = ref
         versions = self.runs.setdefault(ref, [])
         folder = self.folder / "sessions" / f"{ref.partition('/')[2]}-{len(versions) + 1}"
         run = Run(request, len(versions) + 1, folder, sources)

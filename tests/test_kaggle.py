@@ -22,7 +22,7 @@ from helpers import stage as stages
 from helpers.config import ConfigError
 from helpers.quota import HOUR
 from helpers.suite import FAILED, PAUSED, REFUSED, main
-from tests.kaggle_stand_in import OWNER, PORT, TOKEN, Fault, Refusal, StandIn
+from tests.kaggle_stand_in import OWNER, PORT, TOKEN, DataSet, Fault, Refusal, StandIn
 
 SMALL = [
     *("-p", "shapes.train", "40", "-p", "shapes.test", "10", "-p", "data.workers", "1"),
@@ -237,6 +237,35 @@ def test_sources_that_vanish_silently_are_noticed(quick, account, capfd):
 def test_sources_that_kaggle_calls_invalid_are_noticed(quick, capfd):
     assert push("--only", "01", "--attach", "someone/gifs") == FAILED
     assert "not valid as sources: data sets: someone/gifs" in capfd.readouterr().err
+
+
+def test_a_notebook_that_is_filed_under_another_name_is_told_at_once(quick, account, capfd):
+    quick.rename["01-data-sharding"] = "gifqa-tiny-01-data-sharding-2"
+    quick.play = lambda run: KernelWorkerStatus.COMPLETE
+    assert push("--only", "01", minutes=0.05) == FAILED
+    error = capfd.readouterr().err
+    assert f"filed it as {OWNER}/gifqa-tiny-01-data-sharding-2 instead of {OWNER}/gifqa-tiny-01-data-sharding" in error
+    assert entry(account, "01_data_sharding")["status"] == "failed"
+
+
+def test_attached_data_sets_reach_the_stages_that_read_data(quick):
+    quick.data_sets["someone/scienceqa"] = DataSet([{"problems.json": b"{}"}])
+    quick.play = lambda run: KernelWorkerStatus.ERROR
+    for stage in ("01", "05", "08"):
+        assert push("--only", stage, "--run", f"r{stage}", "--attach", "someone/scienceqa") == FAILED
+    sources = {ref[-7:]: runs[0].sources["data"][1:] for ref, runs in quick.runs.items()}
+    assert sources == {"harding": ["someone/scienceqa"], "ienceqa": ["someone/scienceqa"], "08-demo": []}
+
+
+def test_work_that_is_too_large_to_be_handed_over_is_told(quick, monkeypatch, capfd):
+    play, quick.play = quick.play, lambda run: KernelWorkerStatus.CANCEL_ACKNOWLEDGED
+    assert push("--only", "01") == PAUSED
+    monkeypatch.setattr(kaggle, "PULLED_GIGABYTES", 0.1)
+    quick.play = play
+    assert resume() == 0
+    out = capfd.readouterr().out
+    assert "01_data_sharding: the work of the run that ended is lost, and it begins anew" in out and "0.1 GB" in out
+    assert not [ref for ref in quick.data_sets if ref.endswith("-work")]
 
 
 def test_a_full_house_is_waited_for(quick, account, capfd):
