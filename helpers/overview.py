@@ -105,9 +105,6 @@ def machine_table(facts: dict[str, object]) -> pd.DataFrame:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         usage = shutil.disk_usage(there)
         rows[name] = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free at {there}"
-    for name in ("git_commit", "build_date"):  # Kaggle's image tells its own version
-        if platform() == "kaggle" and Path("/etc", name).is_file():
-            rows[f"image {name}"] = Path("/etc", name).read_text(encoding="utf-8").strip()
     return pd.Series(rows, name="this machine").astype(str).to_frame()
 
 

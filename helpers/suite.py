@@ -603,16 +603,27 @@ def _within_quota(plan: Plan, spec: StageSpec, place: str, deadline: float, said
 
 
 def _from_drive(plan: Plan) -> None:
-    """On Colab, take the run's stages that an earlier session kept on Drive."""
+    """On Colab, take the run's stages that an earlier session kept on Drive; a failure is told and stops nothing."""
     kept = drive_runs()
     for folder in sorted((kept / plan.run).glob("*/")) if kept else []:
         if not (plan.folder / folder.name / "stage.json").is_file() and (folder / "stage.json").is_file():
             print(f"Taking {folder.name} from Drive", flush=True)
-            copy_verified(folder, plan.folder / folder.name)
+            try:
+                copy_verified(folder, plan.folder / folder.name)
+            except OSError as error:
+                print(
+                    f"  Warning: {folder.name} could not be taken from Drive: {error}. It is made anew; to keep what "
+                    "Drive has, stop now, mount Drive again and repeat the command.",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _to_drive(plan: Plan, spec: StageSpec) -> None:
-    """On Colab, keep a stage on Drive that is complete or was paused; a failure is told and stops nothing."""
+    """On Colab, keep a stage on Drive that is complete or was paused; a failure is told and stops nothing.
+
+    A session's own disk is lost with it, so that a paused stage could not go on in the next one.
+    """
     kept, folder = drive_runs(), plan.folder / spec.name
     if kept is None or not (folder / "stage.json").is_file():
         return

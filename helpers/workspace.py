@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KAGGLE_INPUT = Path(os.environ.get("KAGGLE_CACHE_MOUNT_FOLDER", "/kaggle/input"))  # as kagglehub finds it
 KAGGLE_WORKING = Path("/kaggle/working")
 KAGGLE_SCRATCH = Path("/kaggle/temp")
+KAGGLE_IMAGE = Path("/etc")  # holds git_commit and build_date, which name the image
 MODEL_DEPTH = 8  # folders between /kaggle/input and a model's config.json: models/owner/name/framework/variation/1
 COLAB_CONTENT = Path("/content")
 DRIVE = COLAB_CONTENT / "drive" / "MyDrive"
@@ -265,13 +266,25 @@ def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return versions
 
 
+def image() -> str | None:
+    """Name the version of the platform's image: Colab's release, Kaggle's commit and date; None locally."""
+    where = platform()
+    if where == "colab":
+        return os.environ.get("COLAB_RELEASE_TAG", "unknown")
+    if where == "local":
+        return None
+    told = [KAGGLE_IMAGE / name for name in ("git_commit", "build_date")]
+    return " ".join(file.read_text(encoding="utf-8").strip() for file in told if file.is_file()) or "unknown"
+
+
 def machine() -> dict[str, Any]:
-    """Describe this machine: platform, system, cores, memory and free disk (GB), GPU."""
+    """Describe this machine: platform and its image, system, cores, memory and free disk (GB), GPU."""
     import psutil
     import torch
 
     facts: dict[str, Any] = {
         "platform": platform(),
+        "image": image(),
         "system": f"{host.system()} {host.machine()}",
         "python": host.python_version(),
         "cores": os.cpu_count(),
