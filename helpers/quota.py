@@ -475,6 +475,12 @@ class Piece:
     closed: float = 0.0  # and when it ended: all of it is GPU time
 
 
+def _told(pieces: Sequence[Piece], weekly_hours: float, ledger: Ledger, now: float) -> Account:
+    """Return what the account would tell of sessions that have all ended."""
+    start, end = week(now, ledger.refresh)
+    return Account(session_hours(pieces, start, end), weekly_hours, end)
+
+
 def simulate(
     forecasts: Sequence[Forecast],
     ledger: Ledger,
@@ -487,17 +493,20 @@ def simulate(
     lifetime_hours: float = math.inf,
     rest_seconds: float = 0.0,
     seed: int = 0,
+    asked: bool = False,
 ) -> list[Piece]:
     """Play the stages through sessions and weeks with the functions that decide in a real run.
 
     The ledger is written to as a real one. spent: a budget whose used hours come on top in its own week.
     lifetime_hours: sessions die at random after this long in the mean (an exponential distribution) and lose what was
-    done since their last checkpoint. rest_seconds: between two sessions. Raises ConfigError if none ever gets anywhere.
+    done since their last checkpoint; of their age the ledger keeps the last beat. rest_seconds: between two sessions.
+    asked: whether the account is asked before each session, which knows how long dead ones were. Raises ConfigError if
+    none ever gets anywhere.
     """
     chance, pieces, session = random.Random(seed), [], 0
     todo = [work for work in forecasts if work.seconds > 0]
     while todo:
-        found = budget(ledger, weekly_hours, now)
+        found = budget(ledger, weekly_hours, now, _told(pieces, weekly_hours, ledger, now) if asked else None)
         if spent is not None and now < spent.refresh:
             found = replace(found, used=found.used + spent.used)
         ends = deadline(found, now, now + session_hours * HOUR - MARGIN_SECONDS)
@@ -523,7 +532,8 @@ def simulate(
             if done:
                 todo.pop(0)
         closed = min(death, clock)
-        ledger.note(f"simulated-{session}", "kaggle", closed - now, closed)
+        age = closed - now if closed < death else BEAT_SECONDS * ((closed - now) // BEAT_SECONDS)
+        ledger.note(f"simulated-{session}", "kaggle", age, now + age)  # stands for its beats: the last one counts
         pieces += [replace(piece, closed=closed) for piece in own]
         now = closed + rest_seconds
     return pieces
@@ -535,12 +545,16 @@ def session_hours(pieces: Sequence[Piece], start: float, end: float) -> float:
     return sum(max(0.0, min(closed, end) - max(opened, start)) for opened, closed in spans.values()) / HOUR
 
 
-def plan_sessions(forecasts: Sequence[Forecast], found: Budget, now: float) -> list[Piece]:
-    """Lay the stages out over sessions and weeks from `now` on, as if no session died."""
+def plan_sessions(
+    forecasts: Sequence[Forecast], found: Budget, now: float, lifetime_hours: float = math.inf, seed: int = 0
+) -> list[Piece]:
+    """Lay the stages out over sessions and weeks from `now` on; lifetime_hours and seed: as of `simulate`."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "plan.jsonl")
         ledger.note_refresh(found.refresh)
-        return simulate(forecasts, ledger, found.total / HOUR, now, spent=found)
+        return simulate(
+            forecasts, ledger, found.total / HOUR, now, spent=found, lifetime_hours=lifetime_hours, seed=seed
+        )
 
 
 def outlook(forecasts: Sequence[Forecast], found: Budget, now: float) -> str:

@@ -775,6 +775,10 @@ def show_quota(arguments: Sequence[str]) -> int:
     parser = run_parser()
     parser.prog, parser.description, parser.epilog = "run_all.sh quota", show_quota.__doc__, None
     parser.add_argument("--figure", type=Path, default=None, metavar="PNG", help="draw the weeks that the run takes")
+    parser.add_argument(
+        "--lifetime", type=_hours, default=math.inf, metavar="H", help="draw it with sessions that die after so long"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other deaths (default: 0)")
     args = parser.parse_args(arguments)
     plan = make_plan(args, arguments)
     print("GPU here:", ", ".join(gpu.name for gpu in gpus()) or "none, so nothing is counted and nothing is refused")
@@ -788,7 +792,7 @@ def show_quota(arguments: Sequence[str]) -> int:
     if args.figure:
         from helpers.plots import quota_weeks, save_figure
 
-        pieces = quota.plan_sessions(costly, found, now)
+        pieces = quota.plan_sessions(costly, found, now, args.lifetime, args.seed)
         print("Figure:", save_figure(quota_weeks(pieces, found.total / 3600, found.refresh), args.figure))
     return DONE
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from helpers import quota, suite, training
+from helpers import plots, quota, suite, training
 from helpers.config import ConfigError, load_profile
 from helpers.quota import HOUR, WEEK, Budget, Forecast, Ledger, budget, deadline, decide, parse_account, simulate, week
 from helpers.stage import load_suite, write_json
@@ -324,10 +324,18 @@ LONG = [Forecast("02", 15.6 * HOUR, "x"), Forecast("03", 93.6 * HOUR, "x"), Fore
 @pytest.mark.parametrize("hours", [30, 8])
 @pytest.mark.parametrize("plan", [full_plan(), LONG], ids=["suite.yaml", "the original's hours"])
 @pytest.mark.parametrize("seed", range(6))
-def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(tmp_path, plan, seed, hours):
+@pytest.mark.parametrize("asked", [False, True], ids=["ledger", "account"])
+def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(tmp_path, plan, seed, hours, asked):
     begin = NOW + random.Random(seed).uniform(0, WEEK)
     pieces = simulate(
-        plan, Ledger(tmp_path / "quota.jsonl"), hours, begin, lifetime_hours=7, rest_seconds=HOUR, seed=seed
+        plan,
+        Ledger(tmp_path / "quota.jsonl"),
+        hours,
+        begin,
+        lifetime_hours=7,
+        rest_seconds=HOUR,
+        seed=seed,
+        asked=asked,
     )
     used = gpu_hours_by_week(pieces)
     assert max(used.values()) <= hours
@@ -342,11 +350,14 @@ def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(
         assert all(piece.lost <= 900 for piece in own)
     order = [piece.stage for piece in sorted(pieces, key=lambda piece: piece.began)]
     assert list(dict.fromkeys(order)) == [work.stage for work in plan]
-    # what the ledger says is what the sessions were
+    # what the ledger says is what the sessions were, of those that died up to their last beat
     ledger = Ledger(tmp_path / "quota.jsonl")
-    assert ledger.used(0, 9e9, "kaggle", 9e9) / HOUR == pytest.approx(sum(used.values()))
+    for piece, beat in zip(sessions.values(), ledger.beats, strict=True):
+        age = piece.closed - piece.opened
+        assert beat.seconds in (age, quota.BEAT_SECONDS * (age // quota.BEAT_SECONDS))
     if plan is LONG:
         assert len(used) >= 4 and any(piece.lost for piece in pieces)
+        assert ledger.used(0, 9e9, "kaggle", 9e9) / HOUR < sum(used.values())
 
 
 @pytest.mark.parametrize("before", [0.4, 3, 6])
@@ -388,6 +399,18 @@ def test_quota_command_tells_forecast_and_draws_the_weeks(tmp_path, monkeypatch,
     assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 2 weeks" in out
     assert "03_adapter_training   8.3 h yes suite.yaml's minutes, not measured" in out
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quota_figure_shows_what_deaths_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setattr(quota, "ask_account", lambda: quota.Account(0.0, 30.0, SATURDAY))
+    monkeypatch.setattr(quota.time, "time", lambda: NOW)
+    titles = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: titles.append(figure.axes[0].get_title()) or path)
+    options = ["quota", "--profile", "kaggle", "--figure", str(tmp_path / "weeks.png")]
+    for deaths in ([], ["--lifetime", "3"], ["--lifetime", "3", "--seed", "1"]):
+        assert suite.main([*options, *deaths]) == 0
+    assert ["lost to deaths" in title for title in titles] == [False, True, True] and titles[1] != titles[2]
 
 
 @pytest.mark.parametrize("hours", ["0", "-1", "200", "nan", "x"])
