@@ -56,7 +56,9 @@ MARGIN_SECONDS = 1800.0  # a session stops its own work this long before Kaggle 
 PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for
 SLUG_LENGTH = 50
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
-NO_HOURS = re.compile(r"\bquota\b", re.IGNORECASE)  # as in "Maximum weekly GPU quota of 30.00 hours reached"
+NO_HOURS = re.compile(
+    r"\b(GPU|accelerator) quota\b", re.IGNORECASE
+)  # as in "Maximum weekly GPU quota of 30.00 hours reached"
 UNDER_WAY = {"QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT"}
 ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": "cancelled"}
 # wheels that any Python from 3.12 on takes, as the image's version moves; pip matches a platform by its exact name
@@ -484,10 +486,12 @@ class Remote:
         It goes through this machine, so stages that are too large for that begin anew, which is told.
         """
         if self._stays_there(spec):
+            attached_work = self.state["stages"][spec.name]["source"] == "own"
             print(
-                f"{spec.name}: the work of the run that ended is lost, and it begins anew. Kaggle attaches nothing of "
-                f"such a run, and more than {PULLED_GIGABYTES:g} GB are not handed over through this machine; what "
-                f"it left can be looked at in {self.state['stages'][spec.name]['kernel']} until the next push",
+                f"{spec.name}: the work of the run that ended is lost, and it "
+                f"{'goes on from the session before that one' if attached_work else 'begins anew'}. Kaggle attaches "
+                f"nothing of such a run, and what may be more than {PULLED_GIGABYTES:g} GB is not handed over through "
+                "this machine",
                 flush=True,
             )
             return
@@ -697,7 +701,8 @@ class Remote:
             raise
         self._meter(spec, datetime.fromisoformat(manifest["finished"]).timestamp())
         if manifest["status"] == "partial":
-            if entry.get("manifest", {}).get("metrics") == manifest["metrics"]:
+            cut = entry["seconds"] < self.state["seconds"] - 1  # to what was left of the week
+            if entry.get("manifest", {}).get("metrics") == manifest["metrics"] and not cut:
                 self.note(spec, status="failed", message="no progress", ran=False)
                 raise Failed(f"{spec.name} made no progress in a whole session: give it longer (--session HOURS)")
             print(f"{spec.name}: partly done, it goes on in another session", flush=True)

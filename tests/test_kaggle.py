@@ -378,6 +378,22 @@ def test_a_dead_gpu_session_is_noted_no_longer_than_it_could_last(quick, account
     assert quota.open_ledger().used(0, 9e9, "kaggle", 9e9) == 0.5 * HOUR
 
 
+@asks_for_quota
+def test_sessions_too_short_for_any_progress_go_on_in_the_next_week(quick, monkeypatch, capfd):
+    change_manifest(quick.made["08_demo"], status="partial")
+    monkeypatch.setattr(kaggle.quota, "USEFUL_SECONDS", 0.0)
+    quick.gpu_hours = (29.0, 30.0)
+    play = quick.play
+
+    def plays(run):
+        quick.gpu_hours = (29.0 if run.number == 1 else 30.0, 30.0)
+        return play(run)
+
+    quick.play = plays
+    assert push("--only", "08") == PAUSED and versions(quick, "08_demo") == ["COMPLETE"] * 2
+    assert "08_demo waits for GPU-hours" in capfd.readouterr().out
+
+
 def test_kaggles_own_refusal_for_want_of_hours_is_a_pause(quick, account, capfd):
     quick.refuse["08-demo"] = ["Maximum weekly GPU quota of 30.00 hours reached."]
     assert push("--only", "08") == PAUSED
