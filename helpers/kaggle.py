@@ -56,9 +56,7 @@ MARGIN_SECONDS = 1800.0  # a session stops its own work this long before Kaggle 
 PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for
 SLUG_LENGTH = 50
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
-NO_HOURS = re.compile(
-    r"\b(GPU|accelerator) quota\b", re.IGNORECASE
-)  # as in "Maximum weekly GPU quota of 30.00 hours reached"
+NO_HOURS = re.compile(r"\b(GPU|accelerator) quota\b", re.IGNORECASE)  # Maximum weekly GPU quota of 30.00 hours reached
 UNDER_WAY = {"QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT"}
 ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": "cancelled"}
 # wheels that any Python from 3.12 on takes, as the image's version moves; pip matches a platform by its exact name
@@ -283,7 +281,7 @@ class Site:
             raise quota.QuotaUnknown("Kaggle tells of no GPU")
         hours = [told.gpu_quota.time_used, told.gpu_quota.total_time_allowed]
         refresh = told.quota_refresh_time
-        return quota.Account(*(time.total_seconds() / 3600 for time in hours), refresh and quota.timestamp(refresh))
+        return quota.Account(*(span.total_seconds() / 3600 for span in hours), refresh and quota.timestamp(refresh))
 
     def data_set_version(self, ref: str) -> int:
         """Return the newest version's number; 0 while there is none that can be read."""
@@ -366,7 +364,7 @@ class Site:
             if answer is None:
                 return "no reason given"
             filed = (answer.ref or "").strip("/").removeprefix("code/")
-            if filed and filed.lower() != ref.lower():
+            if not answer.error and filed and filed.lower() != ref.lower():
                 return (
                     f"Kaggle filed it as {filed} instead of {ref}, where its results are looked for: stop and delete "
                     "it there, and any notebook of that title, or use --run NAME"

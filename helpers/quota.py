@@ -35,6 +35,7 @@ from helpers.workspace import (
     platform,
     runs_root,
     session_name,
+    session_seconds,
 )
 
 HOUR, WEEK = 3600.0, 7 * 86400.0
@@ -289,8 +290,9 @@ def read_budget(
             account = (ask or ask_account)()
         except QuotaUnknown as error:
             warnings = (f"The account's quota is not known: {error}. Only this workspace's own sessions are counted.",)
-    open_ = {session_name(), *running}
-    found = budget(ledger, weekly_hours or default_hours, time.time(), account, where, open_)
+    if platform() == "kaggle" and gpus():  # a notebook that is run by hand notes nothing
+        ledger.beats.append(Beat(session_name(), where, session_seconds(), time.time()))
+    found = budget(ledger, weekly_hours or default_hours, time.time(), account, where, {session_name(), *running})
     if weekly_hours is not None:
         found = replace(found, total=min(found.total, weekly_hours * HOUR))
     return replace(found, warnings=(*found.warnings, *warnings))

@@ -231,6 +231,18 @@ def test_running_sessions_come_on_top_of_an_account_that_tells_of_ended_ones(tmp
     assert quota.read_budget(None, 30).used == 25 * HOUR  # of this session the ledger knows
 
 
+def test_a_notebook_that_is_run_by_hand_counts_its_own_session(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    monkeypatch.setattr(quota, "platform", lambda: "kaggle")
+    monkeypatch.setattr(quota, "gpus", lambda: [SimpleNamespace(name="Tesla T4")])
+    monkeypatch.setattr(quota, "session_seconds", lambda: 5 * HOUR)
+    monkeypatch.setattr(quota, "ask_account", lambda: quota.Account(20, 30, time.time() + 72 * HOUR))
+    assert quota.read_budget(None, 30).used == pytest.approx(25 * HOUR)
+    assert not [line for line in (tmp_path / "quota.jsonl").read_text().splitlines() if "session" in line]
+    monkeypatch.setattr(quota, "gpus", list)  # a session without a GPU costs nothing
+    assert quota.read_budget(None, 30).used == 20 * HOUR
+
+
 def test_deadline_is_the_sessions_end_or_the_weeks_hours_whichever_is_first():
     end = NOW + 10 * HOUR
     assert deadline(Budget(0, 30 * HOUR, SATURDAY), NOW, end) == end

@@ -205,7 +205,7 @@ class OnKaggle:
 
 @pytest.fixture
 def on_kaggle(world, monkeypatch):
-    for module in (workspace, runner):
+    for module in (workspace, runner, quota):
         monkeypatch.setattr(module, "session_seconds", lambda: 0.0)
     return OnKaggle(world, monkeypatch)
 
