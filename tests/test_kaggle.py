@@ -239,7 +239,8 @@ def test_sources_that_kaggle_calls_invalid_are_noticed(quick, capfd):
     assert "not valid as sources: data sets: someone/gifs" in capfd.readouterr().err
 
 
-def test_a_notebook_that_is_filed_under_another_name_is_told_at_once(quick, account, capfd):
+def test_a_notebook_that_is_filed_under_another_name_is_told_at_once(quick, account, monkeypatch, capfd):
+    monkeypatch.setattr(kaggle, "READY_SECONDS", 1.0)
     quick.rename["01-data-sharding"] = "gifqa-tiny-01-data-sharding-2"
     quick.play = lambda run: KernelWorkerStatus.COMPLETE
     assert push("--only", "01", minutes=0.05) == FAILED
