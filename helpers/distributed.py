@@ -94,7 +94,8 @@ def train_in_processes(
 ) -> None:
     """`training.train` in `count` processes, one a GPU: what it did lies in `folder` as checkpoints.
 
-    Their output is printed here. SIGTERM and SIGINT are handed on: the processes save and end. Raises TrainingError if
+    The caller's own model stays where it is: on the first GPU it takes its place beside that of the first process.
+    The processes' output is printed here. SIGTERM and SIGINT are handed on: they save and end. Raises TrainingError if
     there are fewer GPUs, or with the end of the output if a process fails.
     """
     from helpers.training import TrainingError, stop_signals

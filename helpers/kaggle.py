@@ -2,8 +2,9 @@
 
 Each stage is one Kaggle notebook that attaches the outputs of the stages that it reads, and the helpers as a data set.
 Kaggle attaches the newest run without an error, whatever version is asked for; so every stage's manifest is compared
-with what was asked of it. What is known of a run lies in runs/<run>/kaggle.json, written before and after each step, so
-that `resume` goes on wherever this program, the network or a session ended.
+with what was asked of it. A GPU session is only started within the week's GPU-hours. What is known of a run lies in
+runs/<run>/kaggle.json, written before and after each step, so that `resume` goes on wherever this program, the network
+or a session ended.
 """
 
 import argparse
@@ -21,12 +22,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nbformat
 
-from helpers import attached
+from helpers import attached, quota
 from helpers.config import ConfigError
 from helpers.stage import (
     StageError,
@@ -44,6 +47,7 @@ from helpers.suite import DONE, FAILED, PAUSED, Failed, Paused, Plan, make_plan,
 from helpers.workspace import repo_root, runs_root
 
 GPU = "NvidiaTeslaT4"  # two T4s, the only GPUs for everyone; enable_gpu alone no longer says which GPU comes
+CARD = "Tesla T4"  # what the driver calls one of them
 HELPERS, MARKER = "gifqa-helpers", "gif_qa_helpers.json"  # the data set, and the file by which notebooks know it
 LICENCE = "apache-2.0"  # Kaggle's name of it; data sets must state exactly one
 POLL_SECONDS, RETRY_SECONDS, TRIES = 30.0, 5.0, 6
@@ -52,6 +56,7 @@ MARGIN_SECONDS = 1800.0  # a session stops its own work this long before Kaggle 
 PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for
 SLUG_LENGTH = 50
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
+NO_HOURS = re.compile(r"\b(GPU|accelerator) quota\b", re.IGNORECASE)  # Maximum weekly GPU quota of 30.00 hours reached
 UNDER_WAY = {"QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT"}
 ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": "cancelled"}
 # wheels that any Python from 3.12 on takes, as the image's version moves; pip matches a platform by its exact name
@@ -112,17 +117,25 @@ def dataset_metadata(ref: str) -> dict[str, Any]:
     return {"title": ref.partition("/")[2].replace("-", " "), "id": ref, "licenses": [{"name": LICENCE}]}
 
 
+def work_seconds(seconds: float) -> float:
+    """Return how long a session of `seconds` works before it saves and stops by itself."""
+    return seconds - min(MARGIN_SECONDS, 0.1 * seconds)
+
+
 def write_kernel(folder: Path, plan: Plan, spec: StageSpec, metadata: dict[str, Any], seconds: float) -> None:
-    """Write the two files of a push: the notebook with its parameters and its deadline, and the metadata."""
+    """Write the two files of a push: the notebook with its parameters and its deadline, and the metadata.
+
+    seconds: how long the session may last.
+    """
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
     book = load_notebook_node(str(plan.notebooks / f"{spec.name}.ipynb"))
     common = {"profile": plan.profile_name, "run": plan.run, "overrides": plan.overrides}
     book = parameterize_notebook(book, common | plan.parameters[spec.name])
-    work = seconds - min(MARGIN_SECONDS, 0.1 * seconds)
     # a session's own limit, where one is set, comes first
-    clock = f'import os\nimport time\n\nos.environ.setdefault("SUITE_DEADLINE", str(time.time() + {work:.0f}))'
+    ends = f"time.time() + {work_seconds(seconds):.0f}"
+    clock = f'import os\nimport time\n\nos.environ.setdefault("SUITE_DEADLINE", str({ends}))'
     book.cells.insert(0, nbformat.v4.new_code_cell(clock))
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, folder / metadata["code_file"])
@@ -254,6 +267,22 @@ class Site:
 
         return self._call(what, send, absent=absent)
 
+    def account(self) -> quota.Account:
+        """Return the account's GPU quota; raises QuotaUnknown where Kaggle or its client does not tell."""
+        import requests
+
+        if not hasattr(self.api, "quota_view"):
+            raise quota.QuotaUnknown("the installed Kaggle client cannot ask for it; version 2.2 can")
+        try:
+            told = self.api.quota_view()
+        except requests.RequestException as error:
+            raise quota.QuotaUnknown(f"Kaggle does not tell ({type(error).__name__})") from error
+        if told.gpu_quota is None:
+            raise quota.QuotaUnknown("Kaggle tells of no GPU")
+        hours = [told.gpu_quota.time_used, told.gpu_quota.total_time_allowed]
+        refresh = told.quota_refresh_time
+        return quota.Account(*(span.total_seconds() / 3600 for span in hours), refresh and quota.timestamp(refresh))
+
     def data_set_version(self, ref: str) -> int:
         """Return the newest version's number; 0 while there is none that can be read."""
         from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
@@ -334,6 +363,12 @@ class Site:
                 raise
             if answer is None:
                 return "no reason given"
+            filed = (answer.ref or "").strip("/").removeprefix("code/")
+            if not answer.error and filed and filed.lower() != ref.lower():
+                return (
+                    f"Kaggle filed it as {filed} instead of {ref}, where its results are looked for: stop and delete "
+                    "it there, and any notebook of that title, or use --run NAME"
+                )
             kinds = {"data sets": answer.invalid_dataset_sources, "notebooks": answer.invalid_kernel_sources}
             kinds["models"] = answer.invalid_model_sources
             invalid = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
@@ -404,6 +439,8 @@ class Remote:
 
     def __init__(self, plan: Plan, state: dict[str, Any], site: Site) -> None:
         self.plan, self.state, self.site = plan, state, site
+        self.told: set[str] = set()  # what was said about the week's GPU-hours
+        self.noted = 0.0  # when running sessions were last noted in the ledger
         if state.setdefault("owner", self.site.owner) != self.site.owner:
             raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
         for spec in plan.specs:
@@ -442,8 +479,19 @@ class Remote:
                 self.note(spec, status="waiting", ran=False)
 
     def _hand_over(self, spec: StageSpec) -> None:
-        """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run."""
+        """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run.
+
+        It goes through this machine, so stages that are too large for that begin anew, which is told.
+        """
         if self._stays_there(spec):
+            attached_work = self.state["stages"][spec.name]["source"] == "own"
+            print(
+                f"{spec.name}: the work of the run that ended is lost, and it "
+                f"{'goes on from the session before that one' if attached_work else 'begins anew'}. Kaggle attaches "
+                f"nothing of such a run, and what may be more than {PULLED_GIGABYTES:g} GB is not handed over through "
+                "this machine",
+                flush=True,
+            )
             return
         run, ref = self.plan.run, f"{self.site.owner}/{slug('gifqa', self.plan.run, spec.name[:2], 'work')}"
         with tempfile.TemporaryDirectory() as scratch:
@@ -460,10 +508,13 @@ class Remote:
     def follow(self, deadline: float) -> int:
         """Push what can be pushed and watch what runs until all is complete; returns the exit code.
 
-        Raises Failed for the first stage that fails and Paused when a run was cancelled or the deadline passed.
+        Raises Failed for the first stage that fails and Paused when a run was cancelled, the deadline passed, or
+        nothing runs any more and the week's GPU-hours do not suffice for what is next.
         """
         self._publish_helpers()
+        self._say_week()
         while True:
+            self.short = ""
             for spec in self.plan.specs:
                 if self.status(spec) == "running":
                     self._look(spec)
@@ -473,9 +524,73 @@ class Remote:
                     self._push(spec)
             if all(self.status(spec) == "complete" for spec in self.plan.specs):
                 return DONE
+            if self.short and not any(self.status(spec) == "running" for spec in self.plan.specs):
+                raise Paused(self.short)
             if time.time() >= deadline:
                 raise Paused("still running on Kaggle")
             time.sleep(POLL_SECONDS)
+
+    # -- the week's GPU-hours
+
+    def _session(self, spec: StageSpec) -> str:
+        entry = self.state["stages"][spec.name]
+        return f"{entry['kernel']}/{entry['version']}"
+
+    def _meter(self, spec: StageSpec, ended: float | None = None) -> None:
+        """Note a GPU session's age in the ledger, from its push until now or until it `ended` (seconds since 1970)."""
+        entry = self.state["stages"][spec.name]
+        if spec.gpu:
+            seconds = min(max(0.0, (ended or time.time()) - entry["began"]), entry["seconds"])
+            quota.open_ledger().note(self._session(spec), "kaggle", seconds, entry["began"] + seconds)
+
+    def _at_work(self) -> list[StageSpec]:
+        return [spec for spec in self.plan.specs if spec.gpu and self.status(spec) == "running"]
+
+    def _budget(self) -> quota.Budget:
+        """Return the week's budget, with all that running sessions may still use taken as used; prints it once."""
+        found = quota.read_budget(
+            None, self.plan.suite.weekly_hours, self.site.account, {self._session(spec) for spec in self._at_work()}
+        )
+        for line in (f"Quota: {found.sentence()}", *(f"  Warning: {warning}" for warning in found.warnings)):
+            if line not in self.told:
+                print(line, flush=True)
+                self.told.add(line)
+        entries = [self.state["stages"][spec.name] for spec in self._at_work()]
+        held = sum(max(0.0, entry["began"] + entry["seconds"] - time.time()) for entry in entries)
+        return replace(found, used=found.used + held)
+
+    def _forecast(self, spec: StageSpec) -> quota.Forecast:
+        """Forecast what a stage will still take on Kaggle's GPUs, less what its sessions have done."""
+        given = bool(self.plan.parameters[spec.name].get("bundle"))
+        whole = quota.forecast(spec, self.plan.profile, self.plan.folder, given, {CARD})
+        done = self.state["stages"][spec.name].get("manifest", {}).get("seconds", 0.0)
+        return replace(whole, seconds=max(whole.seconds - done, quota.START_UP_SECONDS)) if done else whole
+
+    def _say_week(self) -> None:
+        """Print what the GPU stages that are left will take, beside what is left of the week."""
+        costly = [spec for spec in self.plan.specs if spec.gpu and self.status(spec) != "complete"]
+        if costly:
+            found, forecasts = self._budget(), [self._forecast(spec) for spec in costly]
+            print(quota.forecast_table(forecasts).to_string(index=False))
+            print(quota.outlook(forecasts, found, time.time()), flush=True)
+
+    def _affordable(self, spec: StageSpec) -> float:
+        """Return how many seconds a GPU stage's session may last; 0 if the week has too little left, told in `short`.
+
+        Hours that running sessions may still use are not given away a second time.
+        """
+        now, found, forecast = time.time(), self._budget(), self._forecast(spec)
+        seconds = quota.deadline(found, now, now + self.state["seconds"]) - now
+        decision = quota.decide(forecast, now, now + work_seconds(seconds))
+        if not decision.start:
+            self.short = f"{spec.name} waits for GPU-hours. {decision.words}. {quota.outlook([forecast], found, now)}"
+            return 0.0
+        if spec.name not in self.told:
+            print(f"  {decision.words}", flush=True)
+            self.told.add(spec.name)
+        return seconds
+
+    # -- pushing and watching
 
     def _before(self, spec: StageSpec) -> list[StageSpec]:
         return [other for other in self.plan.specs if other.name in {*spec.inputs, *spec.kaggle_sources}]
@@ -494,22 +609,30 @@ class Remote:
     def _metadata(self, spec: StageSpec) -> dict[str, Any]:
         """Return kernel-metadata.json with the sources that the stage's state asks for."""
         source = self.state["stages"][spec.name]["source"]
-        data_sets = [*self.state["attach"]] if "gifs" in self.plan.parameters[spec.name] else []
+        reads_data = not {"gifs", "data"}.isdisjoint(self.plan.parameters[spec.name])
+        data_sets = [*self.state["attach"]] if reads_data else []
         data_sets += [source] if "/" in source else []
         return kernel_metadata(self.plan, spec, self.site.owner, data_sets, own_output=source == "own")
 
     def _push(self, spec: StageSpec) -> None:
         """Push one stage; raises Failed if Kaggle refuses it or attaches other sources than it was given."""
-        entry, seconds = self.state["stages"][spec.name], self.state["seconds"]
+        entry = self.state["stages"][spec.name]
+        seconds = self._affordable(spec) if spec.gpu else self.state["seconds"]
+        if not seconds:
+            return
         folder = self.plan.folder / "kaggle" / spec.name
         write_kernel(folder, self.plan, spec, self._metadata(spec), seconds)
         before = self.site.version(entry["kernel"])
-        self.note(spec, status="pushing", before=before)
+        self.note(spec, status="pushing", before=before, began=time.time(), seconds=seconds)
         refusal = self.site.push(folder, seconds, entry["kernel"], before)
         if FULL.search(refusal):
             if entry.get("message") != refusal:
                 print(f"{spec.name} waits: {refusal}", flush=True)
             self.note(spec, status="waiting", message=refusal)
+            return
+        if spec.gpu and NO_HOURS.search(refusal):
+            self.note(spec, status="waiting", message=refusal)
+            self.short = f"{spec.name} was not pushed: {refusal}"
             return
         self._confirm(spec, refusal)
 
@@ -546,6 +669,10 @@ class Remote:
         entry = self.state["stages"][spec.name]
         status, message = self.site.status(entry["kernel"])
         if status in UNDER_WAY:
+            if time.time() - self.noted >= quota.BEAT_SECONDS:
+                for other in self._at_work():
+                    self._meter(other)
+                self.noted = time.time()
             return
         if status not in ENDED:
             raise Failed(f"{spec.name}: Kaggle tells an unknown status {status!r}")
@@ -554,6 +681,7 @@ class Remote:
         if outcome == "complete":
             self._take(spec)
             return
+        self._meter(spec)
         self.note(spec, status=outcome)
         if outcome == "cancelled":
             raise Paused(f"{spec.name} was cancelled on Kaggle, at its time limit or by hand")
@@ -566,10 +694,13 @@ class Remote:
         try:
             manifest = self._manifest(spec)
         except Failed as error:
+            self._meter(spec)
             self.note(spec, status="failed", message=str(error), ran=False)  # nothing of it is handed over
             raise
+        self._meter(spec, datetime.fromisoformat(manifest["finished"]).timestamp())
         if manifest["status"] == "partial":
-            if entry.get("manifest", {}).get("metrics") == manifest["metrics"]:
+            cut = entry["seconds"] < self.state["seconds"] - 1  # to what was left of the week
+            if entry.get("manifest", {}).get("metrics") == manifest["metrics"] and not cut:
                 self.note(spec, status="failed", message="no progress", ran=False)
                 raise Failed(f"{spec.name} made no progress in a whole session: give it longer (--session HOURS)")
             print(f"{spec.name}: partly done, it goes on in another session", flush=True)
@@ -678,7 +809,13 @@ def push_parser() -> argparse.ArgumentParser:
     add("--profile", default="kaggle", metavar="NAME", help="kaggle, tiny or another profile of the suite")
     add("--run", default="", metavar="NAME", help="name of the run here and there (default: kaggle, or kaggle-PROFILE)")
     add("--from", dest="start", default="", metavar="STAGE", help="first stage; it may read no earlier one")
-    add("--only", action="append", default=[], metavar="STAGE", help="push this stage only; may be repeated")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="push this stage only; may be repeated; full-size, 05 is pushed only so",
+    )
     add(
         "-p",
         dest="parameters",
@@ -688,7 +825,13 @@ def push_parser() -> argparse.ArgumentParser:
         metavar=("NAME", "VALUE"),
         help="as in a run here",
     )
-    add("--attach", action="append", default=[], metavar="OWNER/DATASET", help="data set with GIFs or questions for 01")
+    add(
+        "--attach",
+        action="append",
+        default=[],
+        metavar="OWNER/DATASET",
+        help="data set with GIFs or questions for 01, or ScienceQA for 05",
+    )
     add("--wheels", action="store_true", help="send wheels of what Kaggle lacks along: notebooks need no internet")
     add("--session", type=float, default=12.0, metavar="HOURS", help="time limit of each session (default: 12)")
     add(
@@ -713,6 +856,15 @@ def _plan(argv: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     if not args.run:  # never the name of a run that was made here
         args.run = "kaggle" if args.profile == "kaggle" else f"kaggle-{args.profile}"
     plan = make_plan(args, argv)
+    named = [text.removesuffix(".ipynb") for text in (*args.only, args.start) if text]
+    plan = replace(
+        plan,
+        specs=[
+            spec
+            for spec in plan.specs
+            if plan.profile.name not in spec.push_if_named or any(spec.name.startswith(text) for text in named)
+        ],
+    )
     for spec in plan.specs:
         absent = {*spec.inputs} - {other.name for other in plan.specs}
         if absent:
@@ -737,37 +889,53 @@ def _strip_deadline(argv: Sequence[str]) -> tuple[list[str], float]:
     return rest, parse_deadline(known.deadline) if known.deadline else math.inf
 
 
+@contextlib.contextmanager
+def _alone(run: str) -> Iterator[None]:
+    """Keep other commands away from the run's folder, those that run notebooks here among them; raises StageError.
+
+    What the folder tells is read after this only: another command may have gone on with the run until now.
+    """
+    lock = runs_root() / run / ".lock"
+    hold_lock(lock, f"run {run!r}")
+    try:
+        yield
+    finally:
+        release_lock(lock)
+
+
 def _push(argv: Sequence[str]) -> int:
     """Push the stages as Kaggle notebooks, in order, wait for them and fetch what they make."""
     argv, deadline = _strip_deadline(argv)
     plan, state = _plan(argv)
-    path = plan.folder / "kaggle.json"
-    if path.is_file():
-        before = _read_state(plan.run)
-        if before["argv"] != state["argv"]:
-            raise ConfigError(
-                f"run {plan.run!r} was pushed with other options ({' '.join(before['argv']) or 'none'}): use --run NAME"
-            )
-        state = before
-    elif made := [spec.name for spec in plan.specs if (plan.folder / spec.name).exists()]:
-        raise ConfigError(f"run {plan.run!r} was made here ({', '.join(made)}): use --run NAME")
-    return _go(plan, state, deadline)
+    site = Site()
+    with _alone(plan.run):
+        if (plan.folder / "kaggle.json").is_file():
+            before = _read_state(plan.run)
+            if before["argv"] != state["argv"]:
+                options = " ".join(before["argv"]) or "none"
+                raise ConfigError(f"run {plan.run!r} was pushed with other options ({options}): use --run NAME")
+            state = before
+        elif made := [spec.name for spec in plan.specs if (plan.folder / spec.name).exists()]:
+            raise ConfigError(f"run {plan.run!r} was made here ({', '.join(made)}): use --run NAME")
+        return _go(plan, state, site, deadline)
 
 
 def _resume(argv: Sequence[str]) -> int:
     """Go on with a run that was pushed: what died is pushed again with the work that it left."""
     argv, deadline = _strip_deadline(argv)
-    state = _read_state(_run_parser("resume", _resume.__doc__).parse_args(argv).run)
-    return _go(_plan(state["argv"])[0], state, deadline)
+    run = _run_parser("resume", _resume.__doc__).parse_args(argv).run
+    _read_state(run)  # refuses a run that is none
+    site = Site()
+    with _alone(run):
+        state = _read_state(run)
+        return _go(_plan(state["argv"])[0], state, site, deadline)
 
 
-def _go(plan: Plan, state: dict[str, Any], deadline: float) -> int:
+def _go(plan: Plan, state: dict[str, Any], site: Site, deadline: float) -> int:
     from helpers.report import print_scores, write_report
 
     again = f"To go on: ./run_all.sh kaggle resume --run {plan.run}"
     try:
-        site = Site()
-        hold_lock(plan.folder / ".kaggle.lock", f"run {plan.run!r} on Kaggle")
         remote = Remote(plan, state, site)
         remote.recover()
         code = remote.follow(deadline)
@@ -776,8 +944,6 @@ def _go(plan: Plan, state: dict[str, Any], deadline: float) -> int:
         return PAUSED
     except Failed as error:
         raise Failed(f"{error}\n{again}") from error
-    finally:
-        release_lock(plan.folder / ".kaggle.lock")
     print_scores(plan.folder)
     print(f"Report: {write_report(plan.suite, plan.folder, plan.profile)}")
     return code
@@ -832,11 +998,13 @@ def _pull(argv: Sequence[str]) -> int:
     parser = _run_parser("pull", _pull.__doc__)
     _stage_argument(parser, "*")
     args = parser.parse_args(argv)
-    remote = _open(args.run)
-    specs = _chosen(remote, args.stages) if args.stages else remote.plan.specs
-    done = [spec for spec in specs if remote.status(spec) == "complete"]
-    for spec in done:
-        print(f"{spec.name}: {remote.pull(spec)}", flush=True)
+    _read_state(args.run)  # refuses a run that is none
+    with _alone(args.run):
+        remote = _open(args.run)
+        specs = _chosen(remote, args.stages) if args.stages else remote.plan.specs
+        done = [spec for spec in specs if remote.status(spec) == "complete"]
+        for spec in done:
+            print(f"{spec.name}: {remote.pull(spec)}", flush=True)
     for spec in specs:
         if spec not in done:
             print(f"{spec.name}: {remote.status(spec)}, nothing to fetch")

@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from helpers import quota
 from helpers.config import Profile
-from helpers.stage import StageSpec, find_stage, load_suite, read_manifest, suite_file
+from helpers.stage import find_stage, load_suite, needs_gpu, read_manifest, suite_file
 from helpers.workspace import KAGGLE_INPUT, gpus, package_versions, platform, repo_root, runs_root, scratch_root
 
 STATES = {"done": "#2a9d57", "partial": "#e9a23b", "not done": "#b8c0c8"}
@@ -105,9 +105,6 @@ def machine_table(facts: dict[str, object]) -> pd.DataFrame:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         usage = shutil.disk_usage(there)
         rows[name] = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free at {there}"
-    for name in ("git_commit", "build_date"):  # Kaggle's image tells its own version
-        if platform() == "kaggle" and Path("/etc", name).is_file():
-            rows[f"image {name}"] = Path("/etc", name).read_text(encoding="utf-8").strip()
     return pd.Series(rows, name="this machine").astype(str).to_frame()
 
 
@@ -152,14 +149,10 @@ def stage_table(profile: Profile, run_folder: Path) -> pd.DataFrame:
             "to come": quota.span(quota.forecast(spec, profile, run_folder).seconds),
             "forecast from": quota.forecast(spec, profile, run_folder).source,
             "needs GB": spec.gigabytes.get(profile.name, float("nan")),
-            "GPU": "yes" if _needs_gpu(spec, profile) else "no",
+            "GPU": "yes" if needs_gpu(spec, profile) else "no",
             "makes": spec.makes,
         }
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _needs_gpu(spec: StageSpec, profile: Profile) -> bool:
-    return spec.gpu and not profile.encoder.model.startswith("tiny/")
 
 
 def gpu_hours(profile: Profile, run_folder: Path) -> tuple[quota.Budget | None, list[quota.Piece]]:
@@ -168,7 +161,7 @@ def gpu_hours(profile: Profile, run_folder: Path) -> tuple[quota.Budget | None, 
     Hours count on Kaggle. Elsewhere a profile that needs a GPU is planned as if it ran there.
     """
     suite = load_suite(suite_file())
-    costly = [spec for spec in suite.stages if spec.default and _needs_gpu(spec, profile)]
+    costly = [spec for spec in suite.stages if spec.default and needs_gpu(spec, profile)]
     if not costly and platform() != "kaggle":
         return None, []
     found = quota.read_budget(None, suite.weekly_hours)

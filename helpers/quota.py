@@ -1,7 +1,8 @@
 """GPU time by the week: what was used, what is left, what the stages will take, and when work must stop.
 
 Used time is kept in a ledger of this suite's own sessions. Where a Kaggle token is at hand, the account's own figure
-stands beside it, and the higher of the two counts. The same functions decide in a real run and in `simulate`.
+of sessions that have ended stands beside it, and the higher of the two counts. The same functions decide in a real run,
+before a push to Kaggle and in `simulate`.
 """
 
 import csv
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from helpers.workspace import (
     platform,
     runs_root,
     session_name,
+    session_seconds,
 )
 
 HOUR, WEEK = 3600.0, 7 * 86400.0
@@ -125,18 +127,18 @@ class Ledger:
             self._append({"refresh": at})
             self.refresh = at
 
-    def used(self, start: float, end: float, where: str, now: float) -> float:
-        """Return the GPU seconds of sessions on platform `where` between two times.
+    def used(self, start: float, end: float, where: str, now: float, sessions: Collection[str] | None = None) -> float:
+        """Return the GPU seconds of `sessions` (None: of all) on platform `where` between two times.
 
         Lengths come from a clock that is never set. Only the week that they belong to depends on the wall clock: where
         that moved backwards, time counts as late as it may have been, so that too much rather than too little is used.
         """
         total = 0.0
-        sessions: dict[str, list[Beat]] = {}
+        found: dict[str, list[Beat]] = {}
         for beat in self.beats:
-            if beat.platform == where:
-                sessions.setdefault(beat.session, []).append(beat)
-        for beats in sessions.values():
+            if beat.platform == where and (sessions is None or beat.session in sessions):
+                found.setdefault(beat.session, []).append(beat)
+        for beats in found.values():
             seconds, latest = 0.0, -math.inf
             for beat in sorted(beats, key=lambda beat: beat.seconds):
                 latest = max(latest, min(beat.at, now))
@@ -177,6 +179,11 @@ class Account:
     refresh: float | None
 
 
+def timestamp(moment: datetime) -> float:
+    """Return seconds since 1970; clients before 2.2.5 leave out the offset of UTC."""
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
 def parse_account(text: str) -> Account:
     """Read the CSV of `kaggle quota -v`; raises QuotaUnknown if it holds no GPU row that can be read."""
     lines = text.splitlines()
@@ -186,12 +193,10 @@ def parse_account(text: str) -> Account:
         if row["resource"] == "GPU":
             try:
                 hours = [float(row[name].removesuffix("h")) for name in ("used", "total")]
-                refresh = datetime.fromisoformat(row["refreshAt"]) if row["refreshAt"] else None
+                refresh = timestamp(datetime.fromisoformat(row["refreshAt"])) if row["refreshAt"] else None
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise QuotaUnknown(f"`kaggle quota -v` answered what cannot be read ({error}): {row}") from error
-            if refresh is not None and refresh.tzinfo is None:  # clients before 2.2.5 leave out the offset of UTC
-                refresh = refresh.replace(tzinfo=UTC)
-            return Account(*hours, refresh.timestamp() if refresh else None)
+            return Account(*hours, refresh)
     raise QuotaUnknown(f"`kaggle quota -v` tells of no GPU: {text.strip()[:200]!r}")
 
 
@@ -244,36 +249,50 @@ def week(now: float, refresh: float | None = None) -> tuple[float, float]:
 
 
 def budget(
-    ledger: Ledger, weekly_hours: float, now: float, account: Account | None = None, where: str = "kaggle"
+    ledger: Ledger,
+    weekly_hours: float,
+    now: float,
+    account: Account | None = None,
+    where: str = "kaggle",
+    running: Collection[str] = (),
 ) -> Budget:
-    """Return this week's budget: the account's figure and the ledger's, whichever has used more.
+    """Return this week's budget: the account's figure or the ledger's, whichever has used more.
 
-    weekly_hours: the hours a week where there is no account to say.
+    weekly_hours: the hours a week where there is no account to say. running: names of sessions that had not ended when
+    the account was asked. It only reserves their time, so what the ledger has of them comes on top of its figure.
     """
     if account is not None and account.refresh is not None:
         ledger.note_refresh(account.refresh)
     start, end = week(now, ledger.refresh)
     used, total, source = ledger.used(start, end, where, now), weekly_hours * HOUR, "ledger"
     if account is not None:
-        total = account.total * HOUR
-        if account.used * HOUR >= used:
-            used, source = account.used * HOUR, "account"
+        total, open_ = account.total * HOUR, ledger.used(start, end, where, now, running)
+        if account.used * HOUR + open_ >= used:
+            used, source = account.used * HOUR + open_, "account and running sessions" if open_ else "account"
     warnings = [*ledger.warnings, ledger.clock_fault(now)]
     return Budget(used, total, end, source, tuple(filter(None, warnings)))
 
 
-def read_budget(weekly_hours: float | None, default_hours: float) -> Budget:
+def read_budget(
+    weekly_hours: float | None,
+    default_hours: float,
+    ask: Callable[[], Account] | None = None,
+    running: Collection[str] = (),
+) -> Budget:
     """Return the budget of the platform at hand, asking Kaggle where that is the platform; failures become warnings.
 
-    weekly_hours: what the user sets, which an account cannot raise; None: the account's, else `default_hours`.
+    weekly_hours: what the user sets, which an account cannot raise; None: the account's, else `default_hours`. ask: how
+    to ask for the account's quota, whatever the platform at hand. running: sessions under way besides this one.
     """
-    ledger, where, account, warnings = open_ledger(), counted_platform(), None, ()
+    ledger, where, account, warnings = open_ledger(), "kaggle" if ask else counted_platform(), None, ()
     if where == "kaggle":
         try:
-            account = ask_account()
+            account = (ask or ask_account)()
         except QuotaUnknown as error:
             warnings = (f"The account's quota is not known: {error}. Only this workspace's own sessions are counted.",)
-    found = budget(ledger, weekly_hours or default_hours, time.time(), account, where)
+    if platform() == "kaggle" and gpus():  # a notebook that is run by hand notes nothing
+        ledger.beats.append(Beat(session_name(), where, session_seconds(), time.time()))
+    found = budget(ledger, weekly_hours or default_hours, time.time(), account, where, {session_name(), *running})
     if weekly_hours is not None:
         found = replace(found, total=min(found.total, weekly_hours * HOUR))
     return replace(found, warnings=(*found.warnings, *warnings))
@@ -378,11 +397,14 @@ def _measured(spec: StageSpec, profile: Profile, names: set[str]) -> tuple[float
     return None
 
 
-def forecast(spec: StageSpec, profile: Profile, run_folder: Path, given_bundle: bool = False) -> Forecast:
+def forecast(
+    spec: StageSpec, profile: Profile, run_folder: Path, given_bundle: bool = False, cards: set[str] | None = None
+) -> Forecast:
     """Forecast what a stage will still take in a run.
 
     In this order: nothing if it is done; its own checkpoints; a finished run of the profile on the same GPU; the
-    minutes of suite.yaml, which nobody has measured. given_bundle: nothing is trained, a bundle is only copied.
+    minutes of suite.yaml, which nobody has measured. given_bundle: nothing is trained, a bundle is only copied. cards:
+    names of the GPUs that the stage will run on; None: of those that are here.
     """
     folder = run_folder / spec.name
     manifest = read_manifest(find_stage(run_folder, spec.name))
@@ -392,7 +414,7 @@ def forecast(spec: StageSpec, profile: Profile, run_folder: Path, given_bundle: 
         return Forecast(spec.name, START_UP_SECONDS, "the given bundle is only copied", spec.gpu)
     if found := _trained(folder) or _encoded(folder):
         return Forecast(spec.name, *found, spec.gpu, measured=True)
-    if found := _measured(spec, profile, {gpu.name for gpu in gpus()}):
+    if found := _measured(spec, profile, {gpu.name for gpu in gpus()} if cards is None else cards):
         return Forecast(spec.name, *found, spec.gpu)
     return from_minutes(spec, profile)
 
@@ -455,6 +477,12 @@ class Piece:
     closed: float = 0.0  # and when it ended: all of it is GPU time
 
 
+def _told(pieces: Sequence[Piece], weekly_hours: float, ledger: Ledger, now: float) -> Account:
+    """Return what the account would tell of sessions that have all ended."""
+    start, end = week(now, ledger.refresh)
+    return Account(session_hours(pieces, start, end), weekly_hours, end)
+
+
 def simulate(
     forecasts: Sequence[Forecast],
     ledger: Ledger,
@@ -467,17 +495,20 @@ def simulate(
     lifetime_hours: float = math.inf,
     rest_seconds: float = 0.0,
     seed: int = 0,
+    asked: bool = False,
 ) -> list[Piece]:
     """Play the stages through sessions and weeks with the functions that decide in a real run.
 
     The ledger is written to as a real one. spent: a budget whose used hours come on top in its own week.
     lifetime_hours: sessions die at random after this long in the mean (an exponential distribution) and lose what was
-    done since their last checkpoint. rest_seconds: between two sessions. Raises ConfigError if none ever gets anywhere.
+    done since their last checkpoint; of their age the ledger keeps the last beat. rest_seconds: between two sessions.
+    asked: whether the account is asked before each session, which knows how long dead ones were. Raises ConfigError if
+    none ever gets anywhere.
     """
     chance, pieces, session = random.Random(seed), [], 0
     todo = [work for work in forecasts if work.seconds > 0]
     while todo:
-        found = budget(ledger, weekly_hours, now)
+        found = budget(ledger, weekly_hours, now, _told(pieces, weekly_hours, ledger, now) if asked else None)
         if spent is not None and now < spent.refresh:
             found = replace(found, used=found.used + spent.used)
         ends = deadline(found, now, now + session_hours * HOUR - MARGIN_SECONDS)
@@ -503,7 +534,8 @@ def simulate(
             if done:
                 todo.pop(0)
         closed = min(death, clock)
-        ledger.note(f"simulated-{session}", "kaggle", closed - now, closed)
+        age = closed - now if closed < death else BEAT_SECONDS * ((closed - now) // BEAT_SECONDS)
+        ledger.note(f"simulated-{session}", "kaggle", age, now + age)  # stands for its beats: the last one counts
         pieces += [replace(piece, closed=closed) for piece in own]
         now = closed + rest_seconds
     return pieces
@@ -515,12 +547,16 @@ def session_hours(pieces: Sequence[Piece], start: float, end: float) -> float:
     return sum(max(0.0, min(closed, end) - max(opened, start)) for opened, closed in spans.values()) / HOUR
 
 
-def plan_sessions(forecasts: Sequence[Forecast], found: Budget, now: float) -> list[Piece]:
-    """Lay the stages out over sessions and weeks from `now` on, as if no session died."""
+def plan_sessions(
+    forecasts: Sequence[Forecast], found: Budget, now: float, lifetime_hours: float = math.inf, seed: int = 0
+) -> list[Piece]:
+    """Lay the stages out over sessions and weeks from `now` on; lifetime_hours and seed: as of `simulate`."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "plan.jsonl")
         ledger.note_refresh(found.refresh)
-        return simulate(forecasts, ledger, found.total / HOUR, now, spent=found)
+        return simulate(
+            forecasts, ledger, found.total / HOUR, now, spent=found, lifetime_hours=lifetime_hours, seed=seed
+        )
 
 
 def outlook(forecasts: Sequence[Forecast], found: Budget, now: float) -> str:

@@ -62,6 +62,7 @@ class StageSpec(BaseModel):
     always: bool = False
     gpu: bool = False
     probe: bool = False
+    push_if_named: list[str] = Field(default_factory=list)
     minutes: dict[str, float]
     gigabytes: dict[str, float]
     kaggle_sources: list[str] = Field(default_factory=list)
@@ -83,6 +84,12 @@ class Suite(BaseModel):
             if spec.name == name:
                 return spec
         raise StageError(f"unknown stage {name!r}; {nearest(name, [spec.name for spec in self.stages])}")
+
+
+def needs_gpu(spec: StageSpec, profile: Profile) -> bool:
+    """Whether a stage needs a GPU under a profile; the tiny models do without."""
+    model = profile.adem.language_model if "adem" in spec.sections else profile.encoder.model
+    return spec.gpu and not model.startswith("tiny/")
 
 
 def suite_file() -> Path:
@@ -341,6 +348,22 @@ def check_outputs(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _check_gpu(spec: StageSpec) -> None:
+    """Refuse a Kaggle session that would fail, or run for days, in the stage of a full-size profile.
+
+    Raises StageError without a GPU, KnownBad for a GPU or packages that are known to fail.
+    """
+    import torch
+
+    from helpers.overview import refuse_known_bad  # which imports this module
+
+    if not torch.cuda.is_available() and not spec.always:  # the demo's shipped models do without one
+        raise StageError(
+            f"{spec.name} needs a GPU, and this session has none: choose the accelerator GPU T4 x2, or the profile tiny"
+        )
+    refuse_known_bad()
+
+
 def _end_green(stage: "Stage") -> None:
     """Let a deadline that is reached end this notebook as `partial` and without an error.
 
@@ -370,7 +393,8 @@ class Stage:
 
     name: the notebook's name without ending, as in suite.yaml. profile, run, overrides: the notebook's parameters of
     the same names. parameters: all its other parameters, by name. Raises ConfigError for a bad profile, StageConflict
-    if the run holds this stage with other settings, StageError if another process works on it.
+    if the run holds this stage with other settings, StageError if another process works on it. On Kaggle a stage that
+    needs a GPU is refused where there is none (StageError) or where it is known to fail (KnownBad).
     """
 
     def __init__(
@@ -385,6 +409,8 @@ class Stage:
         self.profile: Profile = load_profile(profile, dict(overrides or {}))
         self.parameters = dict(parameters or {})
         self._spec = load_suite(suite_file()).spec(name)
+        if platform() == "kaggle" and needs_gpu(self._spec, self.profile):
+            _check_gpu(self._spec)
         self._run_folder = runs_root() / (run or self.profile.name)
         self.folder = self._run_folder / name
         self._settings = stage_settings(self._spec, self.profile, self.parameters, self._run_folder)

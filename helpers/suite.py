@@ -624,16 +624,27 @@ def _within_quota(plan: Plan, spec: StageSpec, place: str, deadline: float, said
 
 
 def _from_drive(plan: Plan) -> None:
-    """On Colab, take the run's stages that an earlier session kept on Drive."""
+    """On Colab, take the run's stages that an earlier session kept on Drive; a failure is told and stops nothing."""
     kept = drive_runs()
     for folder in sorted((kept / plan.run).glob("*/")) if kept else []:
         if not (plan.folder / folder.name / "stage.json").is_file() and (folder / "stage.json").is_file():
             print(f"Taking {folder.name} from Drive", flush=True)
-            copy_verified(folder, plan.folder / folder.name)
+            try:
+                copy_verified(folder, plan.folder / folder.name)
+            except OSError as error:
+                print(
+                    f"  Warning: {folder.name} could not be taken from Drive: {error}. It is made anew; to keep what "
+                    "Drive has, stop now, mount Drive again and repeat the command.",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _to_drive(plan: Plan, spec: StageSpec) -> None:
-    """On Colab, keep a stage on Drive that is complete or was paused; a failure is told and stops nothing."""
+    """On Colab, keep a stage on Drive that is complete or was paused; a failure is told and stops nothing.
+
+    A session's own disk is lost with it, so that a paused stage could not go on in the next one.
+    """
     kept, folder = drive_runs(), plan.folder / spec.name
     if kept is None or not (folder / "stage.json").is_file():
         return
@@ -785,6 +796,10 @@ def show_quota(arguments: Sequence[str]) -> int:
     parser = run_parser()
     parser.prog, parser.description, parser.epilog = "run_all.sh quota", show_quota.__doc__, None
     parser.add_argument("--figure", type=Path, default=None, metavar="PNG", help="draw the weeks that the run takes")
+    parser.add_argument(
+        "--lifetime", type=_hours, default=math.inf, metavar="H", help="draw it with sessions that die after so long"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other deaths (default: 0)")
     args = parser.parse_args(arguments)
     plan = make_plan(args, arguments)
     print("GPU here:", ", ".join(gpu.name for gpu in gpus()) or "none, so nothing is counted and nothing is refused")
@@ -798,7 +813,7 @@ def show_quota(arguments: Sequence[str]) -> int:
     if args.figure:
         from helpers.plots import quota_weeks, save_figure
 
-        pieces = quota.plan_sessions(costly, found, now)
+        pieces = quota.plan_sessions(costly, found, now, args.lifetime, args.seed)
         print("Figure:", save_figure(quota_weeks(pieces, found.total / 3600, found.refresh), args.figure))
     return DONE
 

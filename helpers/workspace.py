@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KAGGLE_INPUT = Path(os.environ.get("KAGGLE_CACHE_MOUNT_FOLDER", "/kaggle/input"))  # as kagglehub finds it
 KAGGLE_WORKING = Path("/kaggle/working")
 KAGGLE_SCRATCH = Path("/kaggle/temp")
+KAGGLE_IMAGE = Path("/etc")  # holds git_commit and build_date, which name the image
 MODEL_DEPTH = 8  # folders between /kaggle/input and a model's config.json: models/owner/name/framework/variation/1
 COLAB_CONTENT = Path("/content")
 DRIVE = COLAB_CONTENT / "drive" / "MyDrive"
@@ -35,6 +36,7 @@ MARGIN_SECONDS = 900.0  # kept free before a limit: to end the stage, write its 
 IMPORTED = time.monotonic()
 SECRETS = ("HF_TOKEN", "KAGGLE_API_TOKEN")  # none is needed: for gated weights, and for the account's GPU quota
 SHARED = "SUITE_SECRETS_READ"
+SHOWN = "SUITE_VISIBLE_DEVICES"  # what `set_up` put into CUDA_VISIBLE_DEVICES, to tell it from the user's own choice
 PACKAGES = (  # what a result can depend on; recorded with every stage
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "huggingface_hub", "safetensors",
     "numpy", "pandas", "pillow", "albumentations", "pylance", "pyarrow", "pydantic", "papermill", "matplotlib",
@@ -140,24 +142,41 @@ def scratch_root() -> Path:
 def set_up() -> None:
     """Prepare this process for a notebook; called before torch or transformers are imported.
 
-    Sets quiet, offline-safe library switches, one visible GPU (a 4-bit model must never meet DataParallel), and on
-    Kaggle and Colab a model cache on scratch disk, so that weights do not fill the disk that is kept. Reads secrets.
+    Sets quiet, offline-safe library switches, one visible GPU (a 4-bit model must never meet DataParallel) or as many
+    as the notebook's parameters ask for, and on Kaggle and Colab a model cache on scratch disk, so that weights do not
+    fill the disk that is kept. Reads secrets. Raises ConfigError if the notebook's profile or overrides are not valid.
     """
     switches = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "NO_ALBUMENTATIONS_UPDATE": "1",
-        "CUDA_VISIBLE_DEVICES": "0",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
     if platform() != "local":
         switches["HF_HOME"] = str(scratch_root() / "huggingface")
     for name, value in switches.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == os.environ.get(SHOWN):  # neither is set, or both by another notebook
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[SHOWN] = ",".join(map(str, range(_gpus_asked_for())))
     share_secrets()
     # bitsandbytes looks for a CPU kernel on the hub at import and warns that it is not installed: nothing to act on
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*kernels.*", module="bitsandbytes.*")
+
+
+def _gpus_asked_for() -> int:
+    """Return how many GPUs the parameters of the notebook that runs here ask for; 1 where there is no notebook.
+
+    Its first cell has set them. A Stage would know them too late: CUDA reads which GPUs it may use once, and
+    bitsandbytes makes it do so when it is imported.
+    """
+    from helpers.config import load_profile  # which imports this module
+
+    given = vars(sys.modules["__main__"])
+    if not isinstance(given.get("overrides"), dict):
+        return 1
+    profile = load_profile(given.get("profile", ""), given["overrides"])
+    return max(profile.encoder.gpus, profile.training.gpus)
 
 
 def share_secrets() -> list[str]:
@@ -247,13 +266,25 @@ def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return versions
 
 
+def image() -> str | None:
+    """Name the version of the platform's image: Colab's release, Kaggle's commit and date; None locally."""
+    where = platform()
+    if where == "colab":
+        return os.environ.get("COLAB_RELEASE_TAG", "unknown")
+    if where == "local":
+        return None
+    told = [KAGGLE_IMAGE / name for name in ("git_commit", "build_date")]
+    return " ".join(file.read_text(encoding="utf-8").strip() for file in told if file.is_file()) or "unknown"
+
+
 def machine() -> dict[str, Any]:
-    """Describe this machine: platform, system, cores, memory and free disk (GB), GPU."""
+    """Describe this machine: platform and its image, system, cores, memory and free disk (GB), GPU."""
     import psutil
     import torch
 
     facts: dict[str, Any] = {
         "platform": platform(),
+        "image": image(),
         "system": f"{host.system()} {host.machine()}",
         "python": host.python_version(),
         "cores": os.cpu_count(),

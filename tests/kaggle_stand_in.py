@@ -16,6 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ class Refusal(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Span(timedelta):
+    """A length of time that the SDK writes whole: it asks for `seconds`, from which a timedelta leaves out its days."""
+
+    seconds = property(lambda self: int(self.total_seconds()))
 
 
 @dataclass
@@ -99,10 +106,12 @@ class StandIn:
         self.token = TOKEN
         self.refuse: dict[str, list[str]] = {}  # by the notebook's ending: Kaggle's reasons, one a push
         self.drop: dict[str, int] = {}  # by the notebook's ending: pushes whose sources vanish silently
+        self.rename: dict[str, str] = {}  # by the notebook's ending: the name under which it is filed instead
         self.faults: dict[str, list[Fault]] = {}  # by the notebook's ending, one a run
         self.session_environment: dict[str, list[dict[str, str]]] = {}  # variables of the next runs
         self.not_ready = 0  # requests answered 403 after a data set was made
         self.cap = 2  # GPU sessions at once
+        self.gpu_hours = (0.0, 30.0)  # used and allowed this week
         self.lose_requests: list[str] = []  # endpoints whose next request is dropped before it is read
         self.lose_answers: list[str] = []  # endpoints whose next answer is dropped after it took effect
         self.held: set[str] = set()  # endings of notebooks that stay in the queue
@@ -201,6 +210,9 @@ class StandIn:
             "GetDataset": (data_sets.ApiGetDatasetRequest, self._get_data_set),
             "ListDatasetFiles": (data_sets.ApiListDatasetFilesRequest, self._list_data_set),
         }
+        if hasattr(kernels, "ApiGetAcceleratorQuotaStatisticsRequest"):  # older clients do not ask
+            asked = kernels.ApiGetAcceleratorQuotaStatisticsRequest
+            endpoints["GetAcceleratorQuotaStatistics"] = (asked, self._quota)
         if name not in endpoints:
             raise Refusal(501, f"the stand-in has no {name}")
         kind, function = endpoints[name]
@@ -278,6 +290,13 @@ class StandIn:
         answer.dataset_files = files
         return answer
 
+    def _quota(self, request: Any) -> Any:
+        answer = kernels.ApiGetAcceleratorQuotaStatisticsResponse()
+        answer.gpu_quota = kernels.ApiAcceleratorQuota()
+        answer.gpu_quota.time_used, answer.gpu_quota.total_time_allowed = (Span(hours=h) for h in self.gpu_hours)
+        answer.quota_refresh_time = datetime.now(UTC) + timedelta(days=3)
+        return answer
+
     # -- notebooks
 
     def _kernel(self, request: Any) -> list[Run]:
@@ -305,6 +324,8 @@ class StandIn:
         if stage:
             self.drop[stage] -= 1
             sources = {"data": [], "kernel": []}
+        ref = next((f"{OWNER}/{name}" for key, name in self.rename.items() if ref.endswith(key)), ref)
+        request.slug = ref
         versions = self.runs.setdefault(ref, [])
         folder = self.folder / "sessions" / f"{ref.partition('/')[2]}-{len(versions) + 1}"
         run = Run(request, len(versions) + 1, folder, sources)

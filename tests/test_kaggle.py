@@ -1,22 +1,28 @@
 """run_all.sh kaggle: Kaggle's real client against a stand-in on loopback that executes what is pushed."""
 
 import json
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from kagglesdk.kernels.types import kernels_api_service
 from kagglesdk.kernels.types.kernels_enums import KernelWorkerStatus
 from slugify import slugify
 
-from helpers import kaggle
+from helpers import kaggle, quota, workspace
 from helpers import stage as stages
 from helpers.config import ConfigError
+from helpers.quota import HOUR
 from helpers.suite import FAILED, PAUSED, REFUSED, main
-from tests.kaggle_stand_in import OWNER, PORT, TOKEN, Fault, StandIn
+from tests.kaggle_stand_in import OWNER, PORT, TOKEN, DataSet, Fault, Refusal, StandIn
 
 SMALL = [
     *("-p", "shapes.train", "40", "-p", "shapes.test", "10", "-p", "data.workers", "1"),
@@ -233,6 +239,36 @@ def test_sources_that_kaggle_calls_invalid_are_noticed(quick, capfd):
     assert "not valid as sources: data sets: someone/gifs" in capfd.readouterr().err
 
 
+def test_a_notebook_that_is_filed_under_another_name_is_told_at_once(quick, account, monkeypatch, capfd):
+    monkeypatch.setattr(kaggle, "READY_SECONDS", 1.0)
+    quick.rename["01-data-sharding"] = "gifqa-tiny-01-data-sharding-2"
+    quick.play = lambda run: KernelWorkerStatus.COMPLETE
+    assert push("--only", "01", minutes=0.05) == FAILED
+    error = capfd.readouterr().err
+    assert f"filed it as {OWNER}/gifqa-tiny-01-data-sharding-2 instead of {OWNER}/gifqa-tiny-01-data-sharding" in error
+    assert entry(account, "01_data_sharding")["status"] == "failed"
+
+
+def test_attached_data_sets_reach_the_stages_that_read_data(quick):
+    quick.data_sets["someone/scienceqa"] = DataSet([{"problems.json": b"{}"}])
+    quick.play = lambda run: KernelWorkerStatus.ERROR
+    for stage in ("01", "05", "08"):
+        assert push("--only", stage, "--run", f"r{stage}", "--attach", "someone/scienceqa") == FAILED
+    sources = {ref[-7:]: runs[0].sources["data"][1:] for ref, runs in quick.runs.items()}
+    assert sources == {"harding": ["someone/scienceqa"], "ienceqa": ["someone/scienceqa"], "08-demo": []}
+
+
+def test_work_that_is_too_large_to_be_handed_over_is_told(quick, monkeypatch, capfd):
+    play, quick.play = quick.play, lambda run: KernelWorkerStatus.CANCEL_ACKNOWLEDGED
+    assert push("--only", "01") == PAUSED
+    monkeypatch.setattr(kaggle, "PULLED_GIGABYTES", 0.1)
+    quick.play = play
+    assert resume() == 0
+    out = capfd.readouterr().out
+    assert "01_data_sharding: the work of the run that ended is lost, and it begins anew" in out and "0.1 GB" in out
+    assert not [ref for ref in quick.data_sets if ref.endswith("-work")]
+
+
 def test_a_full_house_is_waited_for(quick, account, capfd):
     quick.cap = 0
     assert push("--only", "08", minutes=0.02) == PAUSED
@@ -268,6 +304,125 @@ def test_a_push_whose_program_died_is_found_again(quick, account, monkeypatch):
         monkeypatch.setenv(name, value)
     quick.held.clear()
     assert resume() == 0 and len(versions(quick, "01_data_sharding")) == 1
+
+
+# ------------------------------------------------------------------------------------------- the week's GPU-hours
+
+
+asks_for_quota = pytest.mark.skipif(
+    not hasattr(kernels_api_service, "ApiAcceleratorQuota"), reason="this Kaggle client has no quota command"
+)
+
+
+def kernel_seconds(run) -> float:
+    """How long a pushed notebook is to work, by its first cell."""
+    return float(re.search(r"time\.time\(\) \+ (\d+)", run.request.text)[1])
+
+
+@asks_for_quota
+def test_a_gpu_session_is_as_short_as_what_is_left_of_the_week(quick, capfd):
+    quick.gpu_hours = (25.0, 30.0)
+    assert push("--only", "01", "--only", "08") == 0
+    out = capfd.readouterr().out
+    assert "25.0 of 30 GPU-hours used this week (account), 5.0 left" in out and "All of it: about" in out
+    (free,), (costly,) = (quick.runs[f"{OWNER}/gifqa-tiny-{name}"] for name in ("01-data-sharding", "08-demo"))
+    left = 5 * HOUR - workspace.MARGIN_SECONDS
+    assert costly.request.session_timeout_seconds == pytest.approx(left, abs=60)
+    assert kernel_seconds(costly) == pytest.approx(0.9 * left, abs=60)
+    assert kernel_seconds(free) == 11.5 * HOUR  # without a GPU nothing counts
+
+
+@asks_for_quota
+def test_without_hours_free_stages_end_and_the_rest_waits(quick, account, capfd):
+    quick.gpu_hours = (29.9, 30.0)
+    assert push("--only", "01", "--only", "08") == PAUSED
+    out = capfd.readouterr().out
+    assert "08_demo waits for GPU-hours" in out and "too little to start" in out and "the first from" in out
+    assert "kaggle resume --run tiny" in out and not versions(quick, "08_demo")
+    assert [entry(account, name)["status"] for name in ("01_data_sharding", "08_demo")] == ["complete", "waiting"]
+    quick.gpu_hours = (0.0, 30.0)
+    assert resume() == 0
+
+
+@asks_for_quota
+def test_hours_that_a_running_session_may_use_are_not_given_away_twice(quick, account, capfd):
+    quick.gpu_hours = (29.0, 30.0)
+    quick.held.add("05-adem-scienceqa")
+    quick.play = lambda run: KernelWorkerStatus.ERROR  # when the test is over
+    assert push("--only", "05", "--only", "08", minutes=0.02) == PAUSED
+    assert versions(quick, "05_adem_scienceqa") == ["QUEUED"] and not versions(quick, "08_demo")
+    assert entry(account, "08_demo")["status"] == "waiting" and "still running on Kaggle" in capfd.readouterr().out
+
+
+def test_pushed_gpu_sessions_are_noted_in_the_ledger_and_others_not(quick, account, monkeypatch):
+    monkeypatch.setattr(quota, "BEAT_SECONDS", 0.0)
+    quick.held |= {"08-demo", "01-data-sharding"}
+    assert push("--only", "01", "--only", "08", minutes=0.01) == PAUSED
+    noted = {beat.session for beat in quota.open_ledger().beats}
+    assert noted == {f"{OWNER}/gifqa-tiny-08-demo/1"}  # while it runs
+    finished = datetime.fromtimestamp(time.time() + HOUR, UTC).isoformat(timespec="seconds")
+    change_manifest(quick.made["08_demo"], finished=finished)  # long before it is looked at again
+    quick.held.clear()
+    assert resume() == 0
+    used = quota.open_ledger().used(0, 9e9, "kaggle", 9e9)
+    assert used == pytest.approx(HOUR, abs=60)
+
+
+def test_a_dead_gpu_session_is_noted_no_longer_than_it_could_last(quick, account, monkeypatch):
+    quick.play = lambda run: KernelWorkerStatus.ERROR
+    assert push("--only", "08", "--session", "0.5") == FAILED
+    path = account / "tiny" / "kaggle.json"
+    state = json.loads(path.read_text())
+    state["stages"]["08_demo"] |= {"status": "running", "began": time.time() - 90 * HOUR}  # seen days later
+    path.write_text(json.dumps(state))
+    assert resume() == FAILED
+    assert quota.open_ledger().used(0, 9e9, "kaggle", 9e9) == 0.5 * HOUR
+
+
+@asks_for_quota
+def test_sessions_too_short_for_any_progress_go_on_in_the_next_week(quick, monkeypatch, capfd):
+    change_manifest(quick.made["08_demo"], status="partial")
+    monkeypatch.setattr(kaggle.quota, "USEFUL_SECONDS", 0.0)
+    quick.gpu_hours = (29.0, 30.0)
+    play = quick.play
+
+    def plays(run):
+        quick.gpu_hours = (29.0 if run.number == 1 else 30.0, 30.0)
+        return play(run)
+
+    quick.play = plays
+    assert push("--only", "08") == PAUSED and versions(quick, "08_demo") == ["COMPLETE"] * 2
+    assert "08_demo waits for GPU-hours" in capfd.readouterr().out
+
+
+def test_kaggles_own_refusal_for_want_of_hours_is_a_pause(quick, account, capfd):
+    quick.refuse["08-demo"] = ["Maximum weekly GPU quota of 30.00 hours reached."]
+    assert push("--only", "08") == PAUSED
+    assert "08_demo was not pushed: Maximum weekly GPU quota" in capfd.readouterr().out
+    assert entry(account, "08_demo")["status"] == "waiting" and resume() == 0
+
+
+def test_unknown_quota_is_a_warning_and_this_workspaces_own_sessions_count(quick, capfd):
+    quota.open_ledger().note("mine", "kaggle", 29.9 * HOUR, time.time())
+    quota.open_ledger().note_refresh(time.time() + 72 * HOUR)
+    quick.answer = lambda name, body, true=quick.answer: refused(name) or true(name, body)
+    assert push("--only", "08") == PAUSED
+    out = capfd.readouterr().out
+    assert "The account's quota is not known" in out and "29.9 of 30 GPU-hours used this week (ledger)" in out
+
+
+def refused(name: str) -> None:
+    if name == "GetAcceleratorQuotaStatistics":
+        raise Refusal(500, "down")
+
+
+def test_the_full_size_science_stage_is_pushed_only_if_it_is_named():
+    names = [spec.name for spec in plan_of().specs]
+    assert "04_evaluation" in names and "05_adem_scienceqa" not in names
+    assert "05_adem_scienceqa" in [spec.name for spec in plan_of("--profile", "tiny").specs]
+    assert [spec.name for spec in plan_of("--only", "05").specs] == ["05_adem_scienceqa"]
+    costly = [quota.from_minutes(spec, plan_of().profile).seconds for spec in plan_of().specs if spec.gpu]
+    assert sum(costly) <= 20 * HOUR  # of the week's 30
 
 
 # -------------------------------------------------------------------------------------------------- what is made
@@ -385,6 +540,39 @@ def test_a_run_is_not_pushed_again_with_other_options(quick, capfd):
 def test_an_input_that_the_run_does_not_hold_is_refused(quick, capfd):
     assert push("--only", "00", "--only", "02") == REFUSED and not quick.runs
     assert "02_feature_caching reads 01_data_sharding, which is not part of this run" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ two commands at once
+
+
+def test_what_another_command_has_done_until_the_lock_was_free_is_not_done_again(quick, monkeypatch):
+    quick.refuse["01-data-sharding"] = ["Kaggle is under maintenance"]
+    assert push("--only", "01") == FAILED
+    true = kaggle.hold_lock
+
+    def hold_lock(*arguments):
+        monkeypatch.setattr(kaggle, "hold_lock", true)
+        assert resume() == 0  # the other command
+        true(*arguments)
+
+    monkeypatch.setattr(kaggle, "hold_lock", hold_lock)
+    assert resume() == 0 and versions(quick, "01_data_sharding") == ["COMPLETE"]
+
+
+@pytest.mark.parametrize("command", ["resume", "pull"])
+def test_a_run_that_another_command_writes_to_is_refused(quick, account, capfd, command):
+    assert push("--only", "01") == 0
+    code = (  # as `run_all.sh --run tiny` does
+        "import sys, time, pathlib; from helpers.stage import hold_lock\n"
+        "hold_lock(pathlib.Path(sys.argv[1]), 'x'); print('held', flush=True); time.sleep(60)"
+    )
+    line = [sys.executable, "-c", code, str(account / "tiny" / ".lock")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=workspace.repo_root()) as other:
+        assert other.stdout.readline() == "held\n"
+        assert main(["kaggle", command, "--run", "tiny"]) == REFUSED
+        assert f"run 'tiny' is in use by another process (pid {other.pid})" in capfd.readouterr().err
+        other.kill()
+    assert main(["kaggle", command, "--run", "tiny"]) == 0
 
 
 # ------------------------------------------------------------------------------------------- made from suite.yaml

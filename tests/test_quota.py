@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import socket
 import sys
+import time
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from helpers import quota, suite, training
+from helpers import plots, quota, suite, training
 from helpers.config import ConfigError, load_profile
 from helpers.quota import HOUR, WEEK, Budget, Forecast, Ledger, budget, deadline, decide, parse_account, simulate, week
 from helpers.stage import load_suite, write_json
@@ -165,20 +167,28 @@ def test_without_a_token_the_ledger_alone_is_used_and_said(tmp_path, monkeypatch
 def test_endpoint_that_is_down_is_a_warning_and_no_stop(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
     monkeypatch.setenv("KAGGLE_API_TOKEN", "KGAT_secret")
-    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")  # nobody listens on the client's test port
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")
     monkeypatch.setattr(quota, "counted_platform", lambda: "kaggle")
-    found = quota.read_budget(12.0, 30)
+    with socket.socket() as silent:  # the client's test port, bound so that nobody listens there
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            silent.bind(("127.0.0.1", 7777))
+        except OSError:
+            pytest.skip("port 7777 is taken, and Kaggle's client knows no other for tests")
+        found = quota.read_budget(12.0, 30)
     assert found.total == 12 * HOUR and "Kaggle's client failed" in found.warnings[0]
     assert "KGAT_secret" not in found.warnings[0]
 
 
-def test_client_that_never_answers_is_given_up(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/sleep")
-    monkeypatch.setattr(
-        quota.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(quota.subprocess.TimeoutExpired(a, 1))
-    )
-    with pytest.raises(quota.QuotaUnknown, match="did not answer"):
+def test_client_that_never_answers_is_given_up(monkeypatch, tmp_path):
+    client = tmp_path / "python"
+    client.write_text("#!/bin/sh\nexec sleep 60\n")
+    client.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(client))
+    began = time.monotonic()
+    with pytest.raises(quota.QuotaUnknown, match="did not answer within"):
         quota.ask_account(0.2)
+    assert time.monotonic() - began < 30
 
 
 # ------------------------------------------------------------------------------------------ budget and deadline
@@ -204,6 +214,33 @@ def test_whichever_has_counted_more_counts(tmp_path):
     less = budget(ledger, 30, NOW, quota.Account(4, 37, SATURDAY))  # the running session is not in it yet
     assert (less.used, less.left, less.source) == (10 * HOUR, 27 * HOUR, "ledger")
     assert less.sentence() == "10.0 of 37 GPU-hours used this week (ledger), 27.0 left; refreshed Sat 21 Nov 00:00 UTC"
+
+
+def test_running_sessions_come_on_top_of_an_account_that_tells_of_ended_ones(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "quota.jsonl")
+    ledger.note("ended", "kaggle", 8 * HOUR, NOW - 10 * HOUR)
+    ledger.note("own", "kaggle", 5 * HOUR, NOW)
+    found = budget(ledger, 30, NOW, quota.Account(20, 30, SATURDAY), running={"own"})
+    assert (found.used, found.left, found.source) == (25 * HOUR, 5 * HOUR, "account and running sessions")
+    assert budget(ledger, 30, NOW, quota.Account(2, 30, SATURDAY), running={"own"}).used == 13 * HOUR
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    for name, value in {"session_name": lambda: "own", "counted_platform": lambda: "kaggle"}.items():
+        monkeypatch.setattr(quota, name, value)
+    monkeypatch.setattr(quota.time, "time", lambda: NOW)
+    monkeypatch.setattr(quota, "ask_account", lambda: quota.Account(20, 30, SATURDAY))
+    assert quota.read_budget(None, 30).used == 25 * HOUR  # of this session the ledger knows
+
+
+def test_a_notebook_that_is_run_by_hand_counts_its_own_session(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    monkeypatch.setattr(quota, "platform", lambda: "kaggle")
+    monkeypatch.setattr(quota, "gpus", lambda: [SimpleNamespace(name="Tesla T4")])
+    monkeypatch.setattr(quota, "session_seconds", lambda: 5 * HOUR)
+    monkeypatch.setattr(quota, "ask_account", lambda: quota.Account(20, 30, time.time() + 72 * HOUR))
+    assert quota.read_budget(None, 30).used == pytest.approx(25 * HOUR)
+    assert not [line for line in (tmp_path / "quota.jsonl").read_text().splitlines() if "session" in line]
+    monkeypatch.setattr(quota, "gpus", list)  # a session without a GPU costs nothing
+    assert quota.read_budget(None, 30).used == 20 * HOUR
 
 
 def test_deadline_is_the_sessions_end_or_the_weeks_hours_whichever_is_first():
@@ -309,10 +346,18 @@ LONG = [Forecast("02", 15.6 * HOUR, "x"), Forecast("03", 93.6 * HOUR, "x"), Fore
 @pytest.mark.parametrize("hours", [30, 8])
 @pytest.mark.parametrize("plan", [full_plan(), LONG], ids=["suite.yaml", "the original's hours"])
 @pytest.mark.parametrize("seed", range(6))
-def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(tmp_path, plan, seed, hours):
+@pytest.mark.parametrize("asked", [False, True], ids=["ledger", "account"])
+def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(tmp_path, plan, seed, hours, asked):
     begin = NOW + random.Random(seed).uniform(0, WEEK)
     pieces = simulate(
-        plan, Ledger(tmp_path / "quota.jsonl"), hours, begin, lifetime_hours=7, rest_seconds=HOUR, seed=seed
+        plan,
+        Ledger(tmp_path / "quota.jsonl"),
+        hours,
+        begin,
+        lifetime_hours=7,
+        rest_seconds=HOUR,
+        seed=seed,
+        asked=asked,
     )
     used = gpu_hours_by_week(pieces)
     assert max(used.values()) <= hours
@@ -327,11 +372,14 @@ def test_plan_never_exceeds_the_quota_and_repeats_only_what_no_checkpoint_holds(
         assert all(piece.lost <= 900 for piece in own)
     order = [piece.stage for piece in sorted(pieces, key=lambda piece: piece.began)]
     assert list(dict.fromkeys(order)) == [work.stage for work in plan]
-    # what the ledger says is what the sessions were
+    # what the ledger says is what the sessions were, of those that died up to their last beat
     ledger = Ledger(tmp_path / "quota.jsonl")
-    assert ledger.used(0, 9e9, "kaggle", 9e9) / HOUR == pytest.approx(sum(used.values()))
+    for piece, beat in zip(sessions.values(), ledger.beats, strict=True):
+        age = piece.closed - piece.opened
+        assert beat.seconds in (age, quota.BEAT_SECONDS * (age // quota.BEAT_SECONDS))
     if plan is LONG:
         assert len(used) >= 4 and any(piece.lost for piece in pieces)
+        assert ledger.used(0, 9e9, "kaggle", 9e9) / HOUR < sum(used.values())
 
 
 @pytest.mark.parametrize("before", [0.4, 3, 6])
@@ -373,6 +421,18 @@ def test_quota_command_tells_forecast_and_draws_the_weeks(tmp_path, monkeypatch,
     assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 2 weeks" in out
     assert "03_adapter_training   8.3 h yes suite.yaml's minutes, not measured" in out
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quota_figure_shows_what_deaths_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setattr(quota, "ask_account", lambda: quota.Account(0.0, 30.0, SATURDAY))
+    monkeypatch.setattr(quota.time, "time", lambda: NOW)
+    titles = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: titles.append(figure.axes[0].get_title()) or path)
+    options = ["quota", "--profile", "kaggle", "--figure", str(tmp_path / "weeks.png")]
+    for deaths in ([], ["--lifetime", "3"], ["--lifetime", "3", "--seed", "1"]):
+        assert suite.main([*options, *deaths]) == 0
+    assert ["lost to deaths" in title for title in titles] == [False, True, True] and titles[1] != titles[2]
 
 
 @pytest.mark.parametrize("hours", ["0", "-1", "200", "nan", "x"])

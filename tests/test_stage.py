@@ -12,9 +12,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from helpers import stage as stages
 from helpers.config import load_profile
+from helpers.overview import KnownBad
 from helpers.stage import Stage, StageConflict, StageError, check_conflict, differences, fingerprint, stage_settings
 from helpers.workspace import repo_root
 
@@ -317,6 +319,51 @@ def test_notebook_run_by_hand_stops_before_the_platforms_session_ends(monkeypatc
     assert stages.deadline() == 123.0
     monkeypatch.setenv("SUITE_DEADLINE", "45.0")
     assert stages.deadline() == 45.0
+
+
+@pytest.fixture
+def gpu_stages(world, monkeypatch):
+    """On Kaggle, stages that need a GPU: `three`, and the demo-like `four`."""
+    more = """
+  - {name: three, title: T, about: a, needs: b, makes: c, contract: 1, gpu: true, minutes: {}, gigabytes: {}}
+  - {name: four, title: F, about: a, needs: b, makes: c, contract: 1, gpu: true, always: true, minutes: {},
+     gigabytes: {}}
+"""
+    (world / "suite.yaml").write_text(SUITE + more)
+    stages.load_suite.cache_clear()
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr(stages, "_end_green", lambda stage: None)
+    yield
+    stages.load_suite.cache_clear()
+
+
+def test_a_full_size_stage_on_kaggle_is_refused_without_a_gpu(gpu_stages, world, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(StageError, match="three needs a GPU, and this session has none: choose the accelerator"):
+        Stage("three", profile="kaggle")
+    assert not (world / "runs" / "kaggle").exists()
+    for name, profile in (("three", "tiny"), ("one", "kaggle"), ("four", "kaggle")):
+        Stage(name, profile=profile)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    Stage("three", profile="kaggle")
+
+
+@pytest.mark.parametrize("name", ["three", "four"])
+def test_a_full_size_stage_on_kaggle_is_refused_on_a_p100(gpu_stages, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    with pytest.raises(KnownBad, match="GPU T4 x2"):
+        Stage(name, profile="kaggle")
+
+
+def test_what_needs_a_gpu_is_told_by_the_model_of_the_stage():
+    suite = stages.load_suite(repo_root() / "notebooks" / "suite.yaml")
+    full, tiny = load_profile("kaggle"), load_profile("kaggle", {"adem.preset": "tiny"})
+    names = [spec.name[:2] for spec in suite.stages if stages.needs_gpu(spec, full)]
+    assert names == ["02", "03", "04", "05", "08"]
+    assert not stages.needs_gpu(suite.spec("05_adem_scienceqa"), tiny)
+    assert not any(stages.needs_gpu(spec, load_profile("tiny")) for spec in suite.stages)
 
 
 def _write_forever(path):

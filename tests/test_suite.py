@@ -188,6 +188,7 @@ class OnKaggle:
         for module in (runner, quota):
             monkeypatch.setattr(module, "gpus", lambda: [t4, t4])
         monkeypatch.setattr(quota, "ask_account", self.account)
+        monkeypatch.setattr(stages, "_check_gpu", lambda spec: None)  # torch has no part in the fake
         act = world.execute
 
         def execute(plan, spec):
@@ -204,7 +205,7 @@ class OnKaggle:
 
 @pytest.fixture
 def on_kaggle(world, monkeypatch):
-    for module in (workspace, runner):
+    for module in (workspace, runner, quota):
         monkeypatch.setattr(module, "session_seconds", lambda: 0.0)
     return OnKaggle(world, monkeypatch)
 
@@ -287,6 +288,10 @@ def test_colab_keeps_its_stages_on_drive_and_takes_them_back(world, monkeypatch,
     monkeypatch.setattr(runner, "copy_verified", lambda *a: (_ for _ in ()).throw(OSError("errno 107")))
     assert world.run("--profile", "tiny", "--force", "--only", "04") == 0
     assert "04_evaluation is not kept on Drive: errno 107" in capsys.readouterr().err
+    shutil.rmtree(world.runs)
+    assert world.run("--profile", "tiny", "--only", "01") == 0 and world.ran == NAMES[:1]
+    error = capsys.readouterr().err
+    assert "01_data_sharding could not be taken from Drive: errno 107" in error and "mount Drive again" in error
 
 
 def test_without_a_gpu_nothing_is_counted_and_nothing_refused(world, monkeypatch):

@@ -388,6 +388,18 @@ def test_set_up_keeps_what_the_user_has_set(monkeypatch):
     assert os.environ["HF_HOME"].startswith("/kaggle/temp")
 
 
+def test_image_is_named_as_each_platform_tells_it(monkeypatch, tmp_path):
+    assert workspace.machine()["image"] is None
+    on(monkeypatch, "colab")
+    assert workspace.machine()["image"] == "release-colab-external-images_20260819"
+    monkeypatch.setattr(workspace, "KAGGLE_IMAGE", tmp_path)
+    on(monkeypatch, "kaggle")
+    assert workspace.image() == "unknown"
+    (tmp_path / "git_commit").write_text("0123abc\n")
+    (tmp_path / "build_date").write_text("20260514-060047\n")
+    assert workspace.machine()["image"] == "0123abc 20260514-060047"
+
+
 def test_machine_and_versions_are_plain_json():
     facts = json.loads(json.dumps(workspace.machine() | workspace.package_versions()))
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))

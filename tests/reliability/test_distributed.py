@@ -1,18 +1,22 @@
 """Two processes that train together (DDP over gloo) against one: same batches, same losses, same weights."""
 
+import os
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from helpers import distributed
+from helpers import distributed, workspace
+from helpers import stage as stages
 from helpers.corpora import shapes
 from helpers.models.gif_qa import GifQAModel
 from helpers.models.xclip import FrameEncoder, load_xclip
-from helpers.store import FeatureTable, StoreError, cache_features, shard_gifs
+from helpers.stage import Stage
+from helpers.store import FeatureTable, StoreError, _copies, cache_features, shard_gifs
 from helpers.training import TrainingError, hold_out, train, trainable
 from helpers.workspace import repo_root
 
@@ -103,6 +107,81 @@ def test_more_gpus_than_there_are_are_refused(tmp_path, world, make_profile, mon
         distributed.train_in_processes(2, world[0][0], "f", make_profile(), tmp_path, video=True)
 
 
+@pytest.fixture
+def two_t4s(monkeypatch, tmp_path):
+    """A Kaggle notebook's process with two T4s: as CUDA does, torch reads which ones it may see once, when first asked.
+
+    Returns a function that sets up and does what imports do: bitsandbytes asks for the GPUs.
+    """
+    for name in ("CUDA_VISIBLE_DEVICES", workspace.SHOWN, "HF_HOME"):
+        monkeypatch.setenv(name, "")  # so that what set_up sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setattr(workspace, "share_secrets", list)
+    seen = []
+
+    def device_count():
+        seen.extend([] if seen else [len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))])
+        return min(seen[0], 2)
+
+    def begin(overrides):
+        monkeypatch.setattr(sys.modules["__main__"], "profile", "tiny", raising=False)
+        monkeypatch.setattr(sys.modules["__main__"], "overrides", overrides, raising=False)
+        workspace.set_up()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: device_count() > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", device_count)
+        torch.cuda.is_available()
+        return Stage("02_feature_caching", profile="tiny", overrides=overrides).profile
+
+    yield begin
+    for path in list(stages._held):
+        stages.release_lock(path)
+
+
+class OnGpu:
+    """As much of an encoder as tells where it is, and where its copies go."""
+
+    place = "cuda"
+
+    def parameters(self):
+        return iter([type("P", (), {"device": torch.device(self.place)})()])
+
+    def to(self, place):
+        self.place = place
+        return self
+
+
+def test_a_notebook_that_asks_for_two_gpus_gets_them_for_encoding_and_for_training(two_t4s, tmp_path, monkeypatch):
+    profile = two_t4s({"encoder.gpus": 2, "training.gpus": 2})
+    assert [encoder.place for encoder in _copies(OnGpu(), profile.encoder.gpus)] == ["cuda", "cuda:1"]
+    started = []
+
+    class Processes(subprocess.Popen):
+        def __init__(self, line, env, **options):
+            started.append(env)
+            super().__init__(["true"], env=env, **options)
+
+    monkeypatch.setattr(distributed.subprocess, "Popen", Processes)
+    count = profile.training.gpus
+    distributed.train_in_processes(count, pd.DataFrame({"a": [1]}), "f", profile, tmp_path / "work", video=True)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["0,1"]
+
+
+def test_a_notebook_that_asks_for_nothing_sees_one_gpu(two_t4s):
+    profile = two_t4s({})
+    assert profile.encoder.gpus == profile.training.gpus == torch.cuda.device_count() == 1
+    with pytest.raises(StoreError, match=r"encoder\.gpus is 2, but this machine has 1"):
+        _copies(OnGpu(), 2)
+
+
+def test_gpus_that_an_earlier_notebook_set_are_not_taken_for_the_users_choice(two_t4s, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv(workspace.SHOWN, "0")  # inherited: a notebook's set-up cell ran, then !./run_all.sh
+    two_t4s({"training.gpus": 2})
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
 # ---- Shares --------------------------------------------------------------------------------------------------------
 
 
@@ -159,12 +238,6 @@ def test_two_encoders_take_turns_and_give_the_same_table(tmp_path, world, make_p
 
 
 def test_more_gpus_to_encode_on_than_there_are_are_refused(monkeypatch):
-    from helpers.store import _copies
-
-    class OnGpu:
-        def parameters(self):
-            return iter([type("P", (), {"device": torch.device("cuda")})()])
-
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(StoreError, match=r"encoder\.gpus is 2, but this machine has 1"):
         _copies(OnGpu(), 2)
