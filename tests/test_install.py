@@ -33,9 +33,11 @@ def make_wheel(folder: Path, name: str, files: dict[str, str], requires: str = "
 
 
 def helpers_wheel(folder: Path) -> Path:
-    """A wheel of the two helpers that the set-up cell calls, which states a requirement that is not installed."""
-    names = ("__init__", "install", "workspace")
-    files = {f"helpers/{name}.py": (repo_root() / "helpers" / f"{name}.py").read_text() for name in names}
+    """A wheel of the helpers that the set-up cell uses, which states a requirement that is not installed."""
+    root = repo_root() / "helpers"
+    paths = [root / f"{name}.py" for name in ("__init__", "install", "workspace", "config")]
+    paths += sorted((root / "profiles").rglob("*.yaml"))
+    files = {f"helpers/{path.relative_to(root).as_posix()}": path.read_text() for path in paths}
     return make_wheel(folder, "gif-question-answering", files, LACKING)
 
 
