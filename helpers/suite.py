@@ -823,8 +823,8 @@ def score(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="run_all.sh score", description=score.__doc__, allow_abbrev=False)
     parser.add_argument("corpus", choices=["scienceqa"], help="what the results are of")
     parser.add_argument("results", type=Path, metavar="RESULTS.json", help="results, outputs, or correct and incorrect")
-    gold = "problems.json, LLaVA's list, or a folder with either"
-    parser.add_argument("--gold", type=Path, required=True, metavar="GOLD", help=gold)
+    accepted = "problems.json, LLaVA's list, or a folder with either"
+    parser.add_argument("--gold", type=Path, required=True, metavar="GOLD", help=accepted)
     parser.add_argument("--split", default="test", help="the gold's split to score (default: test)")
     args = parser.parse_args(arguments)
     scienceqa = importlib.import_module("helpers.scoring_scienceqa")
