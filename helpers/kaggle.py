@@ -185,6 +185,8 @@ def _sign_in() -> Any:
     # The package signs in while it is imported, prints a page of help if it cannot, and does not honour
     # KAGGLE_API_ENVIRONMENT then: without the token that first attempt is none, and the second one below is told apart.
     with _without("KAGGLE_API_TOKEN"), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.suppress(SystemExit):  # what version 2.0 does after its page; the module is there all the same
+            import kaggle  # noqa: F401
         from kaggle.api.kaggle_api_extended import KaggleApi
         from kagglesdk import KaggleClient, get_access_token_from_env
         from requests import HTTPError
