@@ -192,7 +192,7 @@ def choice(problem: Mapping[str, Any], index: int) -> str:
 
 
 def _picture(path: str) -> Image.Image:
-    """A problem's image at the size of the page; small ones are enlarged by whole pixels."""
+    """A problem's image at the size of the page; small ones are enlarged without smoothing, so that pixels show."""
     picture = open_image(path)
     scale = PICTURE_SIDE / max(picture.size)
     kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS

@@ -110,14 +110,23 @@ def test_a_folder_that_is_no_scienceqa_is_told_and_the_built_in_problems_are_sho
 
 
 def test_the_shipped_model_sees(tmp_path, profile):
-    """Of 150 problems with an image that it was not trained on at least 80 % are right; chance is 42 %."""
-    world = diagrams.write(tmp_path / "world", seed=990, train=0, val=0, test=300)
+    """On problems that it was not trained on: right with its image, at chance with another's and with none."""
+    world = diagrams.write(tmp_path / "world", seed=990, train=0, val=0, test=600)
     problems = demo_science.load(world, splits=("test",)).problems
-    problems = problems[problems["image"] != ""].head(150)
+    problems = problems[problems["image"] != ""].head(400).reset_index(drop=True)
+    assert len(problems) == 400
     model = AdemVL.from_pretrained(demo_science.SHIPPED_ADEM)
-    answers = predict_scienceqa.predict(model, problems, profile.adem, progress=False)
-    assert len(problems) == 150
-    assert np.mean(answers["prediction"].to_numpy() == problems["answer"].to_numpy()) >= 0.80
+    chance = (1 / problems["choices"].map(len)).mean()
+
+    def accuracy(**options):
+        answers = predict_scienceqa.predict(model, problems, profile.adem, progress=False, **options)
+        return np.mean(answers["prediction"].to_numpy() == problems["answer"].to_numpy())
+
+    shuffled = predict_scienceqa.shuffle_images(problems, seed=0)
+    found = {"own": accuracy(), "shuffled": accuracy(images=shuffled), "blind": accuracy(blind=True)}
+    assert found["own"] >= 0.85, found
+    # Two standard errors of a share of 400 around chance.
+    assert max(found["shuffled"], found["blind"]) <= chance + 2 * np.sqrt(chance * (1 - chance) / 400), found
 
 
 # ---- Answers -------------------------------------------------------------------------------------------------------
