@@ -196,7 +196,8 @@ class AdemConfig(Section):
         return self
 
 
-def _tiny_adem() -> AdemConfig:
+def tiny_adem() -> AdemConfig:
+    """The preset of the built-in diagrams and the tiny models."""
     return AdemConfig.model_validate({"preset": "tiny"})
 
 
@@ -211,7 +212,7 @@ class Profile(Section):
     connector: ConnectorConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
-    adem: AdemConfig = Field(default_factory=_tiny_adem)  # a GIF bundle's profile has no such section
+    adem: AdemConfig = Field(default_factory=tiny_adem)  # a GIF bundle's profile has no such section
 
     @model_validator(mode="after")
     def _groups_are_cached(self) -> "Profile":

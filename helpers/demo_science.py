@@ -18,7 +18,7 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from helpers import plots_scienceqa
-from helpers.config import AdemConfig, Profile
+from helpers.config import AdemConfig, Profile, tiny_adem
 from helpers.corpora import CorpusError, diagrams
 from helpers.corpora.scienceqa import LETTERS, find_attached, load, open_image
 from helpers.demo import BUILT_IN_SEED, bars, given_folder, image, newest_attached
@@ -26,7 +26,8 @@ from helpers.models.adem_vl import AdemVL
 from helpers.predict_scienceqa import attended, predict, worth
 from helpers.scoring_scienceqa import WRONG
 from helpers.stage import find_stage, read_manifest
-from helpers.workspace import KAGGLE_INPUT, ModelNotFound, find_model
+from helpers.training_scienceqa import load_model
+from helpers.workspace import KAGGLE_INPUT, ModelNotFound
 
 SHIPPED_ADEM = Path(__file__).resolve().parent / "assets" / "tiny" / "adem_vl"
 STAGE = "05_adem_scienceqa"
@@ -55,11 +56,9 @@ def find_adem(run_folder: Path, profile: Profile) -> FoundAdem:
     if attached := newest_attached("adem_vl.json", lambda folder: folder.name == "adem_vl"):
         origin = f"attached: {attached.relative_to(KAGGLE_INPUT).as_posix()}"
         return _found(attached, origin, profile)
-    return FoundAdem(SHIPPED_ADEM, "the small one that ships with the suite; it knows only its own diagrams", _tiny())
-
-
-def _tiny() -> AdemConfig:
-    return AdemConfig.model_validate({"preset": "tiny"})
+    return FoundAdem(
+        SHIPPED_ADEM, "the small one that ships with the suite; it knows only its own diagrams", tiny_adem()
+    )
 
 
 def _found(folder: Path, origin: str, profile: Profile) -> FoundAdem:
@@ -130,7 +129,7 @@ class Science:
         try:
             return cls(found, find_problems(folder, found, data)), []
         except CorpusError as error:
-            return cls(found, find_problems(folder, replace(found, config=_tiny(), data=None))), [str(error)]
+            return cls(found, find_problems(folder, replace(found, config=tiny_adem(), data=None))), [str(error)]
 
     @property
     def model(self) -> AdemVL:
@@ -140,15 +139,10 @@ class Science:
         """
         if self._model is None:
             disable_progress_bar()
-            config = self.found.config
             try:
                 self._model = AdemVL.from_pretrained(self.found.folder)
             except ModelNotFound:
-                self._model = AdemVL.from_pretrained(
-                    self.found.folder,
-                    find_model(config.language_model, config.language_revision),
-                    find_model(config.vision_model, config.vision_revision),
-                )
+                self._model = load_model(self.found.config, self.found.folder)
         return self._model
 
     def ask(self, problem: Mapping[str, Any]) -> ScienceAnswer:
