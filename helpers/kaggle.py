@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nbformat
+from tqdm.auto import tqdm
 
 from helpers import attached, quota
 from helpers.config import ConfigError
@@ -44,7 +45,7 @@ from helpers.stage import (
     write_json,
 )
 from helpers.suite import DONE, FAILED, PAUSED, Failed, Paused, Plan, make_plan, parse_deadline
-from helpers.workspace import repo_root, runs_root
+from helpers.workspace import repo_root, require_disk, runs_root
 
 GPU = "NvidiaTeslaT4"  # two T4s, the only GPUs for everyone; enable_gpu alone no longer says which GPU comes
 CARD = "Tesla T4"  # what the driver calls one of them
@@ -53,8 +54,9 @@ LICENCE = "apache-2.0"  # Kaggle's name of it; data sets must state exactly one
 POLL_SECONDS, RETRY_SECONDS, TRIES = 30.0, 5.0, 6
 READY_SECONDS = 3600.0  # new data sets took 15 minutes for 228 MB
 MARGIN_SECONDS = 1800.0  # a session stops its own work this long before Kaggle would cancel it
-PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for
+PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for, or their run died
 SLUG_LENGTH = 50
+FEW_FILES = 20  # these are fetched without a progress bar
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
 NO_HOURS = re.compile(r"\b(GPU|accelerator) quota\b", re.IGNORECASE)  # Maximum weekly GPU quota of 30.00 hours reached
 UNDER_WAY = {"QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT"}
@@ -465,8 +467,11 @@ class Remote:
 
     # -- going on
 
-    def recover(self) -> None:
-        """Make what an earlier command left ready to go on: pushes without an answer, dead and refused runs."""
+    def recover(self, anew: bool = False) -> None:
+        """Make what an earlier command left ready to go on: pushes without an answer, dead and refused runs.
+
+        anew: dead runs are not handed over. Raises DiskFull if one is too large to go through this machine.
+        """
         self.save()
         for spec in self.plan.specs:
             entry = self.state["stages"][spec.name]
@@ -476,36 +481,33 @@ class Remote:
                 else:
                     self.note(spec, status="waiting")
             elif entry["status"] in ("failed", "cancelled"):
-                if entry.get("ran"):
+                if entry.get("ran") and not anew:
                     self._hand_over(spec)
                 self.note(spec, status="waiting", ran=False)
 
     def _hand_over(self, spec: StageSpec) -> None:
         """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run.
 
-        It goes through this machine, so stages that are too large for that begin anew, which is told.
+        It goes through this machine. What was fetched stays here until it was sent, so that it is fetched once.
         """
+        run, ref = self.plan.run, f"{self.site.owner}/{slug('gifqa', self.plan.run, spec.name[:2], 'work')}"
         if self._stays_there(spec):
-            attached_work = self.state["stages"][spec.name]["source"] == "own"
+            most = spec.gigabytes[self.plan.profile.name]
             print(
-                f"{spec.name}: the work of the run that ended is lost, and it "
-                f"{'goes on from the session before that one' if attached_work else 'begins anew'}. Kaggle attaches "
-                f"nothing of such a run, and what may be more than {PULLED_GIGABYTES:g} GB is not handed over through "
-                "this machine",
+                f"{spec.name}: up to {most:g} GB of the run that ended go through this machine, since Kaggle attaches "
+                "nothing of it. `kaggle resume --anew` drops them, and makes them again there",
                 flush=True,
             )
-            return
-        run, ref = self.plan.run, f"{self.site.owner}/{slug('gifqa', self.plan.run, spec.name[:2], 'work')}"
-        with tempfile.TemporaryDirectory() as scratch:
-            folder, data_set = Path(scratch) / "stage", Path(scratch) / "data"
-            self._fetch(spec, folder)
-            if not attached.holds_work(folder):
-                return
-            attached.pack(run, spec.name, folder, data_set)
-            write_json(data_set / "dataset-metadata.json", dataset_metadata(ref))
-            print(f"{spec.name}: the work of the run that ended is handed over as {ref}", flush=True)
-            self.site.publish(data_set, ref)
-        self.note(spec, source=ref)
+            require_disk(self.plan.folder, 2 * most, f"Handing {spec.name} over, unless you resume with --anew,")
+        folder = self._fetch(spec)
+        if attached.holds_work(folder):
+            with tempfile.TemporaryDirectory(dir=folder.parent) as data_set:
+                attached.pack(run, spec.name, folder, Path(data_set))
+                write_json(Path(data_set) / "dataset-metadata.json", dataset_metadata(ref))
+                print(f"{spec.name}: the work of the run that ended is handed over as {ref}", flush=True)
+                self.site.publish(Path(data_set), ref)
+            self.note(spec, source=ref)
+        shutil.rmtree(folder)
 
     def follow(self, deadline: float) -> int:
         """Push what can be pushed and watch what runs until all is complete; returns the exit code.
@@ -725,14 +727,21 @@ class Remote:
         files = self.site.outputs(self.state["stages"][spec.name]["kernel"])
         return {name[len(prefix) :]: url for name, url in files.items() if name.startswith(prefix)}
 
-    def _fetch(self, spec: StageSpec, folder: Path) -> None:
+    def _fetch(self, spec: StageSpec) -> Path:
+        """Fetch the stage's files of its newest run and return their folder; files that are there are not fetched."""
+        folder = self.plan.folder / "kaggle" / f"{spec.name}-{self.state['stages'][spec.name]['version']}"
+        for other in {*folder.parent.glob(f"{spec.name}-*")} - {folder}:
+            shutil.rmtree(other)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, url in self._names(spec).items():
+        files = self._names(spec)
+        for name in files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name:
                 raise Failed(f"{spec.name} left a file that would leave its folder: {name!r}")
-            if path.name != ".lock":
-                self.site.download(url, folder / path)
+        wanted = [name for name in files if PurePosixPath(name).name != ".lock" and not (folder / name).is_file()]
+        for name in tqdm(wanted, desc=f"fetching {spec.name}", unit="file", disable=len(wanted) < FEW_FILES):
+            self.site.download(files[name], folder / name)
+        return folder
 
     def _manifest(self, spec: StageSpec) -> dict[str, Any]:
         """Fetch and check a stage's manifest: is it of this stage, these settings and these inputs?"""
@@ -768,14 +777,14 @@ class Remote:
             return folder
         if folder.exists():
             raise StageError(f"{folder} holds another result of {spec.name}: move it away, or use --run NAME")
-        scratch = folder.with_name(f".{spec.name}.pull")
-        shutil.rmtree(scratch, ignore_errors=True)
-        self._fetch(spec, scratch)
+        scratch = self._fetch(spec)
         try:
             manifest = check_outputs(scratch)
         except StageError as error:
+            shutil.rmtree(scratch)
             raise Failed(f"{spec.name} did not come whole from Kaggle: {error}") from error
         if manifest["digest"] != wanted["digest"]:
+            shutil.rmtree(scratch)
             raise Failed(f"{spec.name} was run again on Kaggle since: resume this run")
         scratch.replace(folder)
         return folder
@@ -925,21 +934,23 @@ def _push(argv: Sequence[str]) -> int:
 def _resume(argv: Sequence[str]) -> int:
     """Go on with a run that was pushed: what died is pushed again with the work that it left."""
     argv, deadline = _strip_deadline(argv)
-    run = _run_parser("resume", _resume.__doc__).parse_args(argv).run
-    _read_state(run)  # refuses a run that is none
+    parser = _run_parser("resume", _resume.__doc__)
+    parser.add_argument("--anew", action="store_true", help="drop what runs that died left, instead of handing it over")
+    args = parser.parse_args(argv)
+    _read_state(args.run)  # refuses a run that is none
     site = Site()
-    with _alone(run):
-        state = _read_state(run)
-        return _go(_plan(state["argv"])[0], state, site, deadline)
+    with _alone(args.run):
+        state = _read_state(args.run)
+        return _go(_plan(state["argv"])[0], state, site, deadline, args.anew)
 
 
-def _go(plan: Plan, state: dict[str, Any], site: Site, deadline: float) -> int:
+def _go(plan: Plan, state: dict[str, Any], site: Site, deadline: float, anew: bool = False) -> int:
     from helpers.report import print_scores, write_report
 
     again = f"To go on: ./run_all.sh kaggle resume --run {plan.run}"
     try:
         remote = Remote(plan, state, site)
-        remote.recover()
+        remote.recover(anew)
         code = remote.follow(deadline)
     except Paused as pause:
         print(f"Paused: {pause}\n{again}")

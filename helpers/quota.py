@@ -43,7 +43,7 @@ FIRST_REFRESH = 2 * 86400.0  # Saturday 00:00 UTC, assumed until the account has
 BEAT_SECONDS = 60.0  # between two lines of a session: what a death leaves uncounted
 USEFUL_SECONDS = 900.0  # less time than this only loads models: a stage that does not fit into it is not started
 START_UP_SECONDS = 300.0  # of a stage: a new kernel, imports and models, before its first step
-PROBE_STEPS = 20  # of training, or batches of encoding, measured before the stage is let go on
+PROBE_STEPS = 20  # of training, or batches of encoding, measured before the stage goes on; of answers, one chunk
 ATTACHED_DEPTH = 6  # folders between /kaggle/input and another session's ledger
 
 
@@ -377,14 +377,15 @@ def _trained(folder: Path) -> tuple[float, str] | None:
     return seconds + START_UP_SECONDS, f"{pace:.2f} s a step, {done:,} of {steps:,} steps done, and the blind twin"
 
 
-def _encoded(folder: Path) -> tuple[float, str] | None:
-    """Forecast what is left to encode from the pace of the session that stopped before the end."""
-    try:
-        pace = json.loads((folder / PACE_FILE).read_text(encoding="utf-8"))
-        rate, left = pace["groups"] / pace["seconds"], pace["total"] - pace["groups"]
-    except (OSError, ValueError, KeyError, ZeroDivisionError):  # none, or torn
+def _paced(folder: Path) -> tuple[float, str] | None:
+    """Forecast what is left to encode, or to answer, from the pace of the newest session that stopped early."""
+    files = [*folder.glob(PACE_FILE), *folder.glob(f"parts/*/{PACE_FILE}")]
+    if not files:
         return None
-    return left / rate + START_UP_SECONDS, f"{rate:.1f} groups a second, {left:,} to encode"
+    pace = json.loads(max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8"))
+    rate = pace["done"] / pace["seconds"]
+    told = f"{rate:.1f} {pace['unit']} a second, {pace['left']:,} to come"
+    return pace["left"] / rate + START_UP_SECONDS, told
 
 
 def _measured(spec: StageSpec, profile: Profile, names: set[str]) -> tuple[float, str] | None:
@@ -412,7 +413,7 @@ def forecast(
         return Forecast(spec.name, 0.0, "done", spec.gpu)
     if given_bundle and spec.name == "03_adapter_training":
         return Forecast(spec.name, START_UP_SECONDS, "the given bundle is only copied", spec.gpu)
-    if found := _trained(folder) or _encoded(folder):
+    if found := _trained(folder) or _paced(folder):
         return Forecast(spec.name, *found, spec.gpu, measured=True)
     if found := _measured(spec, profile, {gpu.name for gpu in gpus()} if cards is None else cards):
         return Forecast(spec.name, *found, spec.gpu)

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from helpers.corpora import MAX_COUNT, MULTIPLE_CHOICE, TASKS, question_form
-from helpers.workspace import DeadlineReached
+from helpers.stage import write_json
+from helpers.workspace import PACE_FILE, DeadlineReached, probe_steps
 
 COUNTS = tuple(str(number) for number in range(1, MAX_COUNT + 1))
 
@@ -81,6 +83,7 @@ def predict(
     cache: Path | None = None,
     description: str = "scoring",
     deadline: float = math.inf,
+    passes: int = 1,
 ) -> pd.DataFrame:
     """Answer every question with `model`, looking at `groups` groups of 16 frames of its GIF.
 
@@ -98,16 +101,20 @@ def predict(
         cache: folder that keeps the answers of every `CHUNK` questions, so that a killed run goes on there. The
             caller names the folder after everything that the answers depend on.
         deadline: seconds from now after which no more batches are answered.
+        passes: how often the caller has these questions answered, each time with a folder beside `cache`. When this
+            call stops early, the pace and what is left of all passes are noted beside these folders.
 
     Raises:
-        workspace.DeadlineReached: the time was up; the chunks that were done are kept in `cache`.
+        workspace.DeadlineReached: the time was up, or the runner only measures the pace and a chunk was answered; the
+            chunks that were done are kept in `cache`.
 
     Returns:
         one row a question, in the order of `questions`: question_id, seen_gif_sha256 and `RESULT_COLUMNS`. `scores`
         are the summed log-probabilities of the candidates: the options, the numbers 1 to 10, or for FrameQA the
         generated answer; `confidence` is the probability that the model gives its own prediction.
     """
-    ends = time.monotonic() + deadline
+    began, answered = time.monotonic(), 0
+    ends = began + deadline
     questions = questions.reset_index(drop=True)
     seen = questions["gif_sha256"] if shuffle_seed is None else shuffle_gifs(questions, shuffle_seed)["gif_sha256"]
     asked = questions.assign(seen_gif_sha256=seen)
@@ -122,13 +129,27 @@ def predict(
             answers = _finished(part, chunk)
             if answers is None:
                 told = f"{description}: {task}" + (f" from {start:,}" if len(rows) > CHUNK else "")
-                answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends)
+                try:
+                    if answered and math.isfinite(probe_steps()):
+                        raise DeadlineReached(f"the pace of {description} is measured: {answered:,} answers are kept")
+                    answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends)
+                except DeadlineReached:
+                    if part is not None and answered:
+                        _note_pace(cache.parent, answered, time.monotonic() - began, passes * len(questions))
+                    raise
+                answered += len(chunk)
                 if part is not None:
                     save_predictions(answers, part)
             parts.append(answers)
     columns = ["question_id", "seen_gif_sha256", *RESULT_COLUMNS]
     answers = pd.concat(parts) if parts else pd.DataFrame(columns=columns)
     return asked[["question_id"]].merge(answers[columns], on="question_id", how="left", validate="one_to_one")
+
+
+def _note_pace(folder: Path, answered: int, seconds: float, wanted: int) -> None:
+    kept = sum(pq.read_metadata(part).num_rows for part in folder.glob("*/*.parquet"))
+    pace = {"unit": "questions", "done": answered, "seconds": seconds, "left": max(0, wanted - kept)}
+    write_json(folder / PACE_FILE, pace)
 
 
 def _finished(part: Path | None, rows: pd.DataFrame) -> pd.DataFrame | None:

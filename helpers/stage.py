@@ -242,7 +242,7 @@ def check_conflict(folder: Path, settings: Mapping[str, Any]) -> None:
 _held: dict[Path, Any] = {}  # lock files stay open, and so locked, until this process ends
 
 
-def hold_lock(path: Path, what: str, patience: float = 0.0) -> None:
+def hold_lock(path: Path, what: str, patience: float = 0.0, instead: str = "use --run NAME") -> None:
     """Lock `path` for this process until it ends, by any cause; raises StageError if another process holds it.
 
     The lock is the operating system's and dies with its process, so a lock file that was left behind locks nothing.
@@ -263,7 +263,7 @@ def hold_lock(path: Path, what: str, patience: float = 0.0) -> None:
                 holder = file.read().strip() or "unknown"
                 file.close()
                 raise StageError(
-                    f"{what} is in use by another process (pid {holder}). Wait for it, stop it, or use --run NAME."
+                    f"{what} is in use by another process (pid {holder}). Wait for it, stop it, or {instead}."
                 ) from None
             time.sleep(0.2)
     file.truncate(0)

@@ -59,8 +59,8 @@ DONE, FAILED, REFUSED, PAUSED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """exit codes:
   0    done: every stage asked for is complete
   1    a notebook failed; its name, cell and error are printed. A kernel that died (often: out of memory) counts too
-  2    refused before the stage's kernel started: bad usage, parameter or profile; another run at work on the same
-       run folder; a stage finished with other settings; an upstream stage missing; too little disk
+  2    refused before the stage's kernel started: bad usage, parameter or profile; another run at work in the
+       same workspace; a stage finished with other settings; an upstream stage missing; too little disk
   75   paused: a deadline passed, too few GPU-hours are left, or an upstream stage is only partly done; the command
        that goes on is printed
   130  interrupted by Ctrl-C; the same command goes on"""
@@ -608,7 +608,7 @@ def _within_quota(plan: Plan, spec: StageSpec, place: str, deadline: float, said
     if forecast.seconds and not decide(forecast):
         return PAUSED
     if spec.probe and forecast.seconds and not forecast.measured:
-        print(f"  {spec.name}: measuring its pace on {quota.PROBE_STEPS} steps, which are kept", flush=True)
+        print(f"  {spec.name}: measuring its pace first; what it does meanwhile is kept", flush=True)
         os.environ["SUITE_PROBE_STEPS"] = str(quota.PROBE_STEPS)
         try:
             code = run_stage(plan, spec, place)
@@ -663,8 +663,10 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
     from helpers.report import print_scores, write_report
 
     limited, said = quota.limited(plan.weekly_hours), set()
+    locks = [runs_root() / ".lock", plan.folder / ".lock"]  # kaggle's commands share a workspace, but not a run
     try:
-        hold_lock(plan.folder / ".lock", f"run {plan.run!r}")
+        hold_lock(locks[0], f"workspace {runs_root()}", instead="set RUNS_ROOT to another folder")
+        hold_lock(locks[1], f"run {plan.run!r}")
         if plan.upstream:
             (plan.folder / "upstream").write_text(plan.upstream + "\n", encoding="utf-8")
         print(f"Run {plan.run!r}, profile {plan.profile.name!r}, in {plan.folder}", flush=True)
@@ -692,7 +694,8 @@ def run(plan: Plan, deadline: float = math.inf) -> int:
         print(f"Report: {report}")
         return code
     finally:
-        release_lock(plan.folder / ".lock")
+        for lock in locks:
+            release_lock(lock)
 
 
 # -------------------------------------------------------------------------------------------- other commands

@@ -219,7 +219,7 @@ def _colab_secret(name: str) -> str | None:
         return None
 
 
-PACE_FILE = "encoding.json"  # in a stage's folder: the pace of encoding that stopped before its end
+PACE_FILE = "pace.json"  # beside what a stage keeps: how fast it was, and what is left, when it stopped before its end
 
 
 def probe_steps() -> float:

@@ -1,11 +1,13 @@
 """run_all.sh kaggle: Kaggle's real client against a stand-in on loopback that executes what is pushed."""
 
+import io
 import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from datetime import UTC, datetime
@@ -21,7 +23,7 @@ from helpers import kaggle, quota, workspace
 from helpers import stage as stages
 from helpers.config import ConfigError
 from helpers.quota import HOUR
-from helpers.suite import FAILED, PAUSED, REFUSED, main
+from helpers.suite import FAILED, INTERRUPTED, PAUSED, REFUSED, main
 from tests.kaggle_stand_in import OWNER, PORT, TOKEN, DataSet, Fault, Refusal, StandIn
 
 SMALL = [
@@ -258,15 +260,62 @@ def test_attached_data_sets_reach_the_stages_that_read_data(quick):
     assert sources == {"harding": ["someone/scienceqa"], "ienceqa": ["someone/scienceqa"], "08-demo": []}
 
 
-def test_work_that_is_too_large_to_be_handed_over_is_told(quick, monkeypatch, capfd):
-    play, quick.play = quick.play, lambda run: KernelWorkerStatus.CANCEL_ACKNOWLEDGED
-    assert push("--only", "01") == PAUSED
+@pytest.fixture
+def dead(quick, monkeypatch):
+    """A large stage whose run was cancelled with two files of work done; `fetched` counts downloads by name."""
+
+    def play(run):
+        folder = run.working / "runs" / "tiny" / "01_data_sharding"
+        folder.mkdir(parents=True)
+        for name in ("started.json", "shard-0", "shard-1"):
+            (folder / name).write_text(name)
+        return KernelWorkerStatus.CANCEL_ACKNOWLEDGED
+
+    true, quick.play, quick.fetched = quick.play, play, []
+    download = kaggle.Site.download
+
+    def counting(site, url, path):
+        quick.fetched.append(path.name)
+        download(site, url, path)
+
+    monkeypatch.setattr(kaggle.Site, "download", counting)
     monkeypatch.setattr(kaggle, "PULLED_GIGABYTES", 0.1)
-    quick.play = play
+    assert push("--only", "01") == PAUSED
+    quick.play = true
+    return quick
+
+
+def test_large_work_of_a_dead_run_is_handed_over_too(dead, account, capfd):
     assert resume() == 0
-    out = capfd.readouterr().out
-    assert "01_data_sharding: the work of the run that ended is lost, and it begins anew" in out and "0.1 GB" in out
-    assert not [ref for ref in quick.data_sets if ref.endswith("-work")]
+    assert "0.5 GB of the run that ended go through this machine" in capfd.readouterr().out
+    (work,) = dead.data_sets[f"{OWNER}/gifqa-tiny-01-work"].versions
+    with tarfile.open(fileobj=io.BytesIO(work["work.bin"])) as archive:
+        assert sorted(archive.getnames()) == ["shard-0", "shard-1", "started.json"]
+    assert dead.runs[f"{OWNER}/gifqa-tiny-01-data-sharding"][1].sources["data"][1:] == [f"{OWNER}/gifqa-tiny-01-work"]
+    assert not list((account / "tiny" / "kaggle").glob("01_data_sharding-*"))  # nothing is kept twice
+
+
+def test_handing_over_goes_on_where_it_was_stopped(dead, monkeypatch):
+    def dies(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kaggle.attached, "pack", dies)
+        assert resume() == INTERRUPTED and sorted(dead.fetched) == ["shard-0", "shard-1", "started.json"]
+    dead.fetched.clear()
+    assert resume() == 0 and "shard-0" not in dead.fetched and f"{OWNER}/gifqa-tiny-01-work" in dead.data_sets
+
+
+def test_large_work_is_dropped_if_asked_for(dead, capfd):
+    assert main(["kaggle", "resume", "--run", "tiny", "--anew", "--deadline", "2"]) == 0
+    assert not [ref for ref in dead.data_sets if ref.endswith("-work")] and "shard-0" not in dead.fetched
+
+
+def test_large_work_that_this_disk_cannot_hold_is_not_dropped_unasked(dead, monkeypatch, account, capfd):
+    monkeypatch.setattr("helpers.workspace.free_gigabytes", lambda path: 0.9)
+    assert resume() == REFUSED
+    assert "--anew, needs about 1 GB" in capfd.readouterr().err
+    assert entry(account, "01_data_sharding")["status"] == "cancelled" and not dead.fetched
 
 
 def test_a_full_house_is_waited_for(quick, account, capfd):
@@ -594,6 +643,8 @@ def test_metadata_of_every_stage_comes_from_the_suite_file():
         assert set(metadata["kernel_sources"]) == before
         reads_llama = spec.name[:2] in ("03", "04", "08")
         assert metadata["model_sources"] == ["metaresearch/llama-3.2/transformers/3b-instruct/1"] * reads_llama
+    training = kaggle.kernel_metadata(plan, plan.suite.spec("03_adapter_training"), OWNER)
+    assert training["kernel_sources"] == [kaggle.kernel_id(OWNER, "kaggle", "02_feature_caching")]  # and no frames
     again = kaggle.kernel_metadata(plan, plan.suite.spec("03_adapter_training"), OWNER, ["x/work"], own_output=True)
     assert again["id"] in again["kernel_sources"] and again["dataset_sources"][1:] == ["x/work"]
 

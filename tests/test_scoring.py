@@ -1,5 +1,6 @@
 """Metrics against plain loops, baselines against published numbers, intervals against brute force."""
 
+import json
 import math
 import random
 from collections import Counter
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import scoring
+from helpers import quota, scoring
 from helpers.corpora import tgif_qa
 from helpers.models.gif_qa import GifQAModel
 from helpers.workspace import DeadlineReached
@@ -174,6 +175,25 @@ def test_a_deadline_keeps_the_tasks_that_were_done(tmp_path, monkeypatch):
         scoring.predict(Slow(), questions, FakeFeatures(), CONFIG, **options, deadline=0.5)
     done = {path.stem for path in tmp_path.iterdir()}
     assert "count-0" in done and done < {f"{task}-0" for task in scoring.TASKS}
+    expected = scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1)
+    pd.testing.assert_frame_equal(scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, **options), expected)
+
+
+def test_measuring_the_pace_of_answering_keeps_the_answers(tmp_path, monkeypatch):
+    """The runner lets a chunk be answered, forecasts all passes from it, and lets the stage go on."""
+    monkeypatch.setattr(scoring, "CHUNK", 3)
+    questions, stage = world(8), tmp_path / "04_evaluation"
+    options = {"groups": 1, "cache": stage / "parts" / "key" / "groups_1", "passes": 4}
+    monkeypatch.setenv("SUITE_PROBE_STEPS", "20")
+    for round in (1, 2):
+        with pytest.raises(DeadlineReached, match="the pace of scoring is measured: 3 answers are kept"):
+            scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, **options)
+        pace = json.loads((stage / "parts" / "key" / "pace.json").read_text())
+        assert pace["done"] == 3 and pace["left"] == 4 * len(questions) - 3 * round
+        seconds, words = quota._paced(stage)
+        assert seconds == pytest.approx(pace["left"] * pace["seconds"] / 3 + quota.START_UP_SECONDS)
+        assert f"{pace['left']} to come" in words
+    monkeypatch.delenv("SUITE_PROBE_STEPS")
     expected = scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1)
     pd.testing.assert_frame_equal(scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, **options), expected)
 

@@ -92,7 +92,7 @@ def test_from_and_only_choose_stages(world):
 
 def test_missing_upstream_is_refused(world, capsys):
     assert world.run("--from", "03") == REFUSED
-    assert "03_adapter_training needs 01_data_sharding" in capsys.readouterr().err and world.ran == []
+    assert "03_adapter_training needs 02_feature_caching" in capsys.readouterr().err and world.ran == []
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_training_is_measured_on_a_few_steps_that_are_kept(world, on_kaggle, cap
 
 def test_a_stage_that_ends_within_its_measurement_is_not_run_twice(world, on_kaggle):
     assert world.run("--profile", "tiny") == 0 and world.ran == NAMES
-    assert on_kaggle.probes == [None, str(quota.PROBE_STEPS), str(quota.PROBE_STEPS), None]
+    assert on_kaggle.probes == [None, *[str(quota.PROBE_STEPS)] * 3]
 
 
 def test_dead_token_or_endpoint_stops_nothing(world, on_kaggle, monkeypatch, capsys):
@@ -301,18 +301,22 @@ def test_without_a_gpu_nothing_is_counted_and_nothing_refused(world, monkeypatch
     assert not (world.runs / "quota.jsonl").exists()
 
 
-def test_second_run_on_the_same_folder_is_refused(world, capsys):
+@pytest.mark.parametrize("place", ["", "tiny"])
+def test_second_run_in_a_workspace_or_on_what_kaggle_fetches_is_refused(world, capsys, place):
     code = (
         "import time; from pathlib import Path; from helpers.stage import hold_lock;"
-        f"hold_lock(Path({str(world.runs / 'tiny' / '.lock')!r}), 'x'); print('held', flush=True); time.sleep(60)"
+        f"hold_lock(Path({str(world.runs / place / '.lock')!r}), 'x'); print('held', flush=True); time.sleep(60)"
     )
     environment = os.environ | {"PYTHONPATH": str(repo_root())}
     holder = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         assert world.run() == REFUSED and world.ran == []
-        assert f"run 'tiny' is in use by another process (pid {holder.pid})" in capsys.readouterr().err
-        assert world.run("--run", "other") == 0
+        error = capsys.readouterr().err
+        assert (f"run {place!r}" if place else f"workspace {world.runs}") in error
+        assert f"is in use by another process (pid {holder.pid})" in error
+        assert ("use --run NAME" if place else "set RUNS_ROOT to another folder") in error
+        assert world.run("--run", "other") == (0 if place else REFUSED)
     finally:
         holder.kill()
         holder.wait()
