@@ -525,10 +525,19 @@ def _upstream_gap(plan: Plan, spec: StageSpec) -> tuple[int, str] | None:
     for name in spec.inputs:
         manifest = read_manifest(find_stage(plan.folder, name))
         if manifest is None:
-            return REFUSED, f"{spec.name} needs {name}, which is not done in run {plan.run!r}: start with --from {name}"
+            lack = f"{spec.name} needs {name}, which is not done in run {plan.run!r}"
+            return REFUSED, f"{lack}: start with --from {_earliest_missing(plan, name)}"
         if manifest["status"] != "complete":
             return PAUSED, f"{spec.name} waits: {name} is only partly done"
     return None
+
+
+def _earliest_missing(plan: Plan, name: str) -> str:
+    """Name the stage to begin with so that `name` can be made."""
+    for other in plan.suite.spec(name).inputs:
+        if read_manifest(find_stage(plan.folder, other)) is None:
+            return _earliest_missing(plan, other)
+    return name
 
 
 def run_stage(plan: Plan, spec: StageSpec, place: str) -> int:

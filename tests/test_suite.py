@@ -92,7 +92,10 @@ def test_from_and_only_choose_stages(world):
 
 def test_missing_upstream_is_refused(world, capsys):
     assert world.run("--from", "03") == REFUSED
-    assert "03_adapter_training needs 02_feature_caching" in capsys.readouterr().err and world.ran == []
+    error = capsys.readouterr().err
+    assert "03_adapter_training needs 02_feature_caching" in error and "--from 01_data_sharding" in error
+    assert world.ran == [] and world.run("--only", "01") == 0 and world.run("--from", "03") == REFUSED
+    assert "--from 02_feature_caching" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
