@@ -115,7 +115,9 @@ def predict(
         range(0, len(order), size), desc=description, unit="batch", mininterval=2.0, disable=not progress
     ):
         if time.perf_counter() > ends:
-            raise DeadlineReached("the deadline has passed while problems were answered; run again to go on")
+            raise DeadlineReached(
+                f"time is up in {description}: {start:,} of {len(order):,} problems; run again to go on"
+            )
         chosen = order[start : start + size]
         batch = batch_of([(encoded[i], paths[i]) for i in chosen], pixels, padding_token(model), left=True)
         del batch["labels"]
@@ -330,7 +332,8 @@ def _ablation_run(
     model = build_model(config)
     result, _ = train_adem(model, train, config, place, deadline=ends - time.perf_counter(), progress=False)
     if result.status != "complete":
-        raise DeadlineReached(f"the deadline has passed at {label!r}, seed {config.seed}; run again to go on")
+        done = f"step {result.steps:,} of {result.total_steps:,}"
+        raise DeadlineReached(f"time is up at {label!r}, seed {config.seed}, {done}; run again to go on")
 
     def answer() -> pd.DataFrame:
         left, description = ends - time.perf_counter(), f"{label}, {config.seed}"

@@ -161,10 +161,10 @@ def _finite(value: Any) -> float:
 
 
 def open_ledger() -> Ledger:
-    """Return this workspace's ledger, read together with those of attached and of pulled sessions."""
+    """Return this workspace's ledger, read together with those of attached sessions."""
     patterns = ["/".join(["*"] * depth + ["quota*.jsonl"]) for depth in range(1, ATTACHED_DEPTH + 1)]
     also = [file for pattern in patterns for file in KAGGLE_INPUT.glob(pattern)]
-    return Ledger(runs_root() / "quota.jsonl", [*also, *runs_root().glob("quota-*.jsonl")])
+    return Ledger(runs_root() / "quota.jsonl", also)
 
 
 # ------------------------------------------------------------------------------------------- the account's figure
@@ -364,6 +364,11 @@ def _pace(folder: Path) -> tuple[float, int, int] | None:
     return None
 
 
+def own_pace(folder: Path) -> tuple[float, str] | None:
+    """Forecast the seconds that a stage still takes from the steps that it has done, in words too; None without any."""
+    return _trained(folder) or _paced(folder)
+
+
 def _trained(folder: Path) -> tuple[float, str] | None:
     """Forecast training and its blind twin from their checkpoints (notebook 05 keeps both in folders)."""
     main = _pace(folder) or _pace(folder / "main")
@@ -382,10 +387,11 @@ def _paced(folder: Path) -> tuple[float, str] | None:
     files = [*folder.glob(PACE_FILE), *folder.glob(f"parts/*/{PACE_FILE}")]
     if not files:
         return None
-    pace = json.loads(max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8"))
-    rate = pace["done"] / pace["seconds"]
-    told = f"{rate:.1f} {pace['unit']} a second, {pace['left']:,} to come"
-    return pace["left"] / rate + START_UP_SECONDS, told
+    paces = json.loads(max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8"))
+    known = {pace["unit"]: pace["seconds"] / pace["done"] for pace in paces if pace["done"]}
+    each = {pace["unit"]: known.get(pace["unit"], max(known.values())) for pace in paces}  # unknown: as the slowest
+    told = [f"{pace['left']:,} {pace['unit']} at {1 / each[pace['unit']]:.1f} a second" for pace in paces]
+    return sum(pace["left"] * each[pace["unit"]] for pace in paces) + START_UP_SECONDS, f"{', '.join(told)}"
 
 
 def _measured(spec: StageSpec, profile: Profile, names: set[str]) -> tuple[float, str] | None:
@@ -413,7 +419,7 @@ def forecast(
         return Forecast(spec.name, 0.0, "done", spec.gpu)
     if given_bundle and spec.name == "03_adapter_training":
         return Forecast(spec.name, START_UP_SECONDS, "the given bundle is only copied", spec.gpu)
-    if found := _trained(folder) or _paced(folder):
+    if found := own_pace(folder):
         return Forecast(spec.name, *found, spec.gpu, measured=True)
     if found := _measured(spec, profile, {gpu.name for gpu in gpus()} if cards is None else cards):
         return Forecast(spec.name, *found, spec.gpu)

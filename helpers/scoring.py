@@ -7,6 +7,7 @@ that one table, so a saved predictions.parquet is enough to compute every score 
 Conventions are those of TGIF-QA's official evaluator (github.com/YunseokJANG/tgif-qa) and stand in `CONVENTIONS`.
 """
 
+import json
 import math
 import os
 import re
@@ -101,20 +102,19 @@ def predict(
         cache: folder that keeps the answers of every `CHUNK` questions, so that a killed run goes on there. The
             caller names the folder after everything that the answers depend on.
         deadline: seconds from now after which no more batches are answered.
-        passes: how often the caller has these questions answered, each time with a folder beside `cache`. When this
-            call stops early, the pace and what is left of all passes are noted beside these folders.
+        passes: how often the caller has these questions answered, each time with a folder beside `cache`. Each task's
+            pace, and what is left of all passes, are noted beside these folders after every chunk.
 
     Raises:
-        workspace.DeadlineReached: the time was up, or the runner only measures the pace and a chunk was answered; the
-            chunks that were done are kept in `cache`.
+        workspace.DeadlineReached: the time was up, or the runner only measures the pace and a chunk of each task was
+            answered; the chunks that were done are kept in `cache`.
 
     Returns:
         one row a question, in the order of `questions`: question_id, seen_gif_sha256 and `RESULT_COLUMNS`. `scores`
         are the summed log-probabilities of the candidates: the options, the numbers 1 to 10, or for FrameQA the
         generated answer; `confidence` is the probability that the model gives its own prediction.
     """
-    began, answered = time.monotonic(), 0
-    ends = began + deadline
+    ends, measured = time.monotonic() + deadline, 0
     questions = questions.reset_index(drop=True)
     seen = questions["gif_sha256"] if shuffle_seed is None else shuffle_gifs(questions, shuffle_seed)["gif_sha256"]
     asked = questions.assign(seen_gif_sha256=seen)
@@ -124,32 +124,38 @@ def predict(
         if rows.empty:
             continue
         for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
+            chunk, began = rows[start : start + CHUNK], time.monotonic()
             part = cache / f"{task}-{start}.parquet" if cache is not None else None
             answers = _finished(part, chunk)
             if answers is None:
                 told = f"{description}: {task}" + (f" from {start:,}" if len(rows) > CHUNK else "")
-                try:
-                    if answered and math.isfinite(probe_steps()):
-                        raise DeadlineReached(f"the pace of {description} is measured: {answered:,} answers are kept")
-                    answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends)
-                except DeadlineReached:
-                    if part is not None and answered:
-                        _note_pace(cache.parent, answered, time.monotonic() - began, passes * len(questions))
-                    raise
-                answered += len(chunk)
+                answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends)
                 if part is not None:
                     save_predictions(answers, part)
+                    _note_pace(cache.parent, task, len(chunk), time.monotonic() - began, questions["task"], passes)
+                    measured += len(chunk)
             parts.append(answers)
+            if measured and math.isfinite(probe_steps()):
+                break
+    if measured and math.isfinite(probe_steps()):
+        raise DeadlineReached(f"the pace of {description} is measured: {measured:,} answers are kept")
     columns = ["question_id", "seen_gif_sha256", *RESULT_COLUMNS]
     answers = pd.concat(parts) if parts else pd.DataFrame(columns=columns)
     return asked[["question_id"]].merge(answers[columns], on="question_id", how="left", validate="one_to_one")
 
 
-def _note_pace(folder: Path, answered: int, seconds: float, wanted: int) -> None:
-    kept = sum(pq.read_metadata(part).num_rows for part in folder.glob("*/*.parquet"))
-    pace = {"unit": "questions", "done": answered, "seconds": seconds, "left": max(0, wanted - kept)}
-    write_json(folder / PACE_FILE, pace)
+def _note_pace(folder: Path, task: str, done: int, seconds: float, tasks: pd.Series, passes: int) -> None:
+    """Write the newest pace of each task, and how many answers of it are still to be given in all passes."""
+    file = folder / PACE_FILE
+    noted = {pace["unit"]: pace for pace in json.loads(file.read_text())} if file.is_file() else {}
+    noted[f"{task} answers"] = {"done": done, "seconds": seconds}
+    paces = []
+    for name, count in tasks.value_counts().items():
+        kept = sum(pq.read_metadata(part).num_rows for part in folder.glob(f"*/{name}-*.parquet"))
+        unit = f"{name} answers"
+        pace = noted.get(unit, {"done": 0, "seconds": 0.0})
+        paces.append(pace | {"unit": unit, "left": max(0, passes * int(count) - kept)})
+    write_json(file, paces)
 
 
 def _finished(part: Path | None, rows: pd.DataFrame) -> pd.DataFrame | None:

@@ -481,5 +481,9 @@ class Stage:
             "versions": {"contract": self._spec.contract, "code": code_version(), "packages": package_versions()},
             "machine": machine(),
         }
+        if status == "partial":
+            from helpers.quota import own_pace  # which imports this module
+
+            manifest["to_come"] = own_pace(self.folder)  # for who pushed it and has only this file
         write_json(self.folder / "stage.json", manifest)
         return self.folder / "stage.json"

@@ -754,7 +754,7 @@ def _encode_missing(
             if (time.monotonic() > ends or number >= last) and progress.n < progress.total:
                 upsert_features(path, finished, schema)
                 pace = {"unit": "groups", "done": progress.n, "seconds": time.monotonic() - started}
-                write_json(path.with_name(PACE_FILE), pace | {"left": progress.total - progress.n})
+                write_json(path.with_name(PACE_FILE), [pace | {"left": progress.total - progress.n}])
                 raise DeadlineReached(f"time is up: {progress.n:,} of {progress.total:,} groups are encoded and kept")
         upsert_features(path, finished, schema)
 

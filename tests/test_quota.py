@@ -83,16 +83,16 @@ def test_clock_moved_backwards_makes_no_time_vanish(tmp_path):
     assert budget(ledger, 30, NOW + 6 * HOUR).warnings == ()
 
 
-def test_ledgers_of_attached_and_pulled_sessions_are_read_too(tmp_path, monkeypatch):
+def test_ledgers_of_attached_sessions_are_read_too(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
     monkeypatch.setattr(quota, "KAGGLE_INPUT", tmp_path / "input")
     attached = tmp_path / "input" / "notebooks" / "owner" / "slug" / "runs" / "quota.jsonl"
-    for path, session in ((attached, "a"), (tmp_path / "runs" / "quota-owner-slug.jsonl", "b")):
-        Ledger(path).note(session, "kaggle", HOUR, NOW)
-        Ledger(path).note("both", "kaggle", HOUR, NOW)
-    quota.open_ledger().note("own", "kaggle", HOUR, NOW)
-    assert quota.open_ledger().used(0, 2 * NOW, "kaggle", NOW) == 4 * HOUR
-    assert len((tmp_path / "runs" / "quota.jsonl").read_text().splitlines()) == 1
+    for session in ("a", "both"):
+        Ledger(attached).note(session, "kaggle", HOUR, NOW)
+    for session in ("own", "both"):
+        quota.open_ledger().note(session, "kaggle", HOUR, NOW)
+    assert quota.open_ledger().used(0, 2 * NOW, "kaggle", NOW) == 3 * HOUR
+    assert len((tmp_path / "runs" / "quota.jsonl").read_text().splitlines()) == 2
 
 
 def test_meter_notes_start_end_and_what_lies_between(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Metrics against plain loops, baselines against published numbers, intervals against brute force."""
 
-import json
 import math
 import random
 from collections import Counter
@@ -182,20 +181,31 @@ def test_a_deadline_keeps_the_tasks_that_were_done(tmp_path, monkeypatch):
 def test_measuring_the_pace_of_answering_keeps_the_answers(tmp_path, monkeypatch):
     """The runner lets a chunk be answered, forecasts all passes from it, and lets the stage go on."""
     monkeypatch.setattr(scoring, "CHUNK", 3)
-    questions, stage = world(8), tmp_path / "04_evaluation"
+    questions, stage, clock = world(8), tmp_path / "04_evaluation", [0.0]
     options = {"groups": 1, "cache": stage / "parts" / "key" / "groups_1", "passes": 4}
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: clock[0])
+
+    class Slow(FakeModel):  # a second a question, two to choose among options, three more to write an answer
+        def score(self, prompts, texts, *video):
+            clock[0] += len(prompts) * (2.0 if len(texts[0]) == 5 else 1.0)
+            return super().score(prompts, texts, *video)
+
+        def generate(self, prompts, *rest, **options):
+            clock[0] += 3.0 * len(prompts)
+            return super().generate(prompts, *rest, **options)
+
     monkeypatch.setenv("SUITE_PROBE_STEPS", "20")
-    for round in (1, 2):
-        with pytest.raises(DeadlineReached, match="the pace of scoring is measured: 3 answers are kept"):
-            scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, **options)
-        pace = json.loads((stage / "parts" / "key" / "pace.json").read_text())
-        assert pace["done"] == 3 and pace["left"] == 4 * len(questions) - 3 * round
-        seconds, words = quota._paced(stage)
-        assert seconds == pytest.approx(pace["left"] * pace["seconds"] / 3 + quota.START_UP_SECONDS)
-        assert f"{pace['left']} to come" in words
+    with pytest.raises(DeadlineReached, match="the pace of scoring is measured: 12 answers are kept"):
+        scoring.predict(Slow(), questions, FakeFeatures(), CONFIG, **options)
     monkeypatch.delenv("SUITE_PROBE_STEPS")
-    expected = scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1)
-    pd.testing.assert_frame_equal(scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, **options), expected)
+    told, words = quota.own_pace(stage)
+    cost, counts = {"count": 1, "action": 2, "transition": 2, "frameqa": 4}, questions["task"].value_counts()
+    assert told - quota.START_UP_SECONDS == sum((4 * n - 3) * cost[task] for task, n in counts.items())
+    assert f"{4 * counts['count'] - 3} count answers at 1.0 a second" in words
+    answers = scoring.predict(Slow(), questions, FakeFeatures(), CONFIG, **options)
+    pd.testing.assert_frame_equal(answers, scoring.predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1))
+    told, _ = quota.own_pace(stage)  # one pass of four is done, and its file says so though nothing stopped
+    assert told - quota.START_UP_SECONDS == sum(3 * n * cost[task] for task, n in counts.items())
 
 
 def test_a_task_is_kept_in_chunks(tmp_path, monkeypatch):
