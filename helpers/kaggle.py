@@ -52,7 +52,9 @@ CARD = "Tesla T4"  # what the driver calls one of them
 HELPERS, MARKER = "gifqa-helpers", "gif_qa_helpers.json"  # the data set, and the file by which notebooks know it
 LICENCE = "apache-2.0"  # Kaggle's name of it; data sets must state exactly one
 POLL_SECONDS, RETRY_SECONDS, TRIES = 30.0, 5.0, 6
+ANSWER_SECONDS = 120.0  # without a byte of an answer, after which a request is given up and sent again
 READY_SECONDS = 3600.0  # new data sets took 15 minutes for 228 MB
+MEASURED_FROM, MEASURING_SECONDS = 3600.0, 3600.0  # stages longer than this, and the session that measures their pace
 MARGIN_SECONDS = 1800.0  # a session stops its own work this long before Kaggle would cancel it
 PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for, or their run died
 SLUG_LENGTH = 50
@@ -124,10 +126,12 @@ def work_seconds(seconds: float) -> float:
     return seconds - min(MARGIN_SECONDS, 0.1 * seconds)
 
 
-def write_kernel(folder: Path, plan: Plan, spec: StageSpec, metadata: dict[str, Any], seconds: float) -> None:
+def write_kernel(
+    folder: Path, plan: Plan, spec: StageSpec, metadata: dict[str, Any], seconds: float, measure: bool = False
+) -> None:
     """Write the two files of a push: the notebook with its parameters and its deadline, and the metadata.
 
-    seconds: how long the session may last.
+    seconds: how long the session may last. measure: it is to stop after a few steps.
     """
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
@@ -138,6 +142,8 @@ def write_kernel(folder: Path, plan: Plan, spec: StageSpec, metadata: dict[str, 
     # a session's own limit, where one is set, comes first
     ends = f"time.time() + {work_seconds(seconds):.0f}"
     clock = f'import os\nimport time\n\nos.environ.setdefault("SUITE_DEADLINE", str({ends}))'
+    if measure:
+        clock += f'\nos.environ["SUITE_PROBE_STEPS"] = "{quota.PROBE_STEPS}"'
     book.cells.insert(0, nbformat.v4.new_code_cell(clock))
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, folder / metadata["code_file"])
@@ -192,16 +198,27 @@ def _sign_in() -> Any:
         from kaggle.api.kaggle_api_extended import KaggleApi
         from kagglesdk import KaggleClient, get_access_token_from_env
         from requests import HTTPError
+        from requests.adapters import HTTPAdapter
+
+    class Patient(HTTPAdapter):
+        def send(self, request: Any, **options: Any) -> Any:
+            """As the parent, which waits for ever where the SDK names no limit: a laptop that slept would hang."""
+            return super().send(request, **options | {"timeout": options.get("timeout") or ANSWER_SECONDS})
 
     class Client(KaggleApi):
         def build_kaggle_client(self) -> KaggleClient:
             """As the parent, which names the production site here; the SDK itself asks KAGGLE_API_ENVIRONMENT."""
             login = {key: self.config_values.get(key) for key in (self.CONFIG_NAME_USER, self.CONFIG_NAME_KEY)}
-            return KaggleClient(
+            client = KaggleClient(
                 username=login[self.CONFIG_NAME_USER],
                 password=login[self.CONFIG_NAME_KEY],
                 api_token=self.config_values.get(self.CONFIG_NAME_TOKEN),
             )
+            http = client.http_client()
+            http._init_session()
+            for scheme in ("https://", "http://"):
+                http._session.mount(scheme, Patient())
+            return client
 
     api = Client()
     way = (
@@ -361,9 +378,15 @@ class Site:
         def send() -> str:
             try:
                 answer = self.api.kernels_push(str(folder), timeout=str(int(seconds)))
-            except (requests.ConnectionError, requests.Timeout):
-                if self.version(ref) > before:
-                    return ""
+            except (requests.ConnectionError, requests.Timeout, requests.HTTPError) as error:
+                if (
+                    getattr(error.response, "status_code", 500) < 500
+                ):  # above it, a gateway may fail after a push arrived
+                    raise
+                for _ in range(TRIES):
+                    if self.version(ref) > before:
+                        return ""
+                    time.sleep(RETRY_SECONDS)
                 raise
             if answer is None:
                 return "no reason given"
@@ -380,14 +403,22 @@ class Site:
 
         return self._call(f"push of {ref}", send)
 
-    def status(self, ref: str) -> tuple[str, str]:
-        """Return the state of a notebook's newest run and Kaggle's message about a failure."""
+    def _status(self, ref: str, absent: tuple[int, ...] = ()) -> Any:
         from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
 
         request = ApiGetKernelSessionStatusRequest()
         request.user_name, request.kernel_slug = ref.split("/")
-        found = self._ask(f"notebook {ref}", "kernels", "get_kernel_session_status", request)
+        return self._ask(f"notebook {ref}", "kernels", "get_kernel_session_status", request, absent)
+
+    def status(self, ref: str) -> tuple[str, str]:
+        """Return the state of a notebook's newest run and Kaggle's message about a failure."""
+        found = self._status(ref)
         return found.status.name, found.failure_message or ""
+
+    def under_way(self, ref: str) -> bool:
+        """Whether a notebook's newest run has not ended; that of a notebook which is gone has."""
+        found = self._status(ref, absent=(403, 404))
+        return found is not None and found.status.name in UNDER_WAY
 
     def _outputs(self, ref: str) -> tuple[dict[str, str], str]:
         from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
@@ -444,7 +475,6 @@ class Remote:
     def __init__(self, plan: Plan, state: dict[str, Any], site: Site) -> None:
         self.plan, self.state, self.site = plan, state, site
         self.told: set[str] = set()  # what was said about the week's GPU-hours
-        self.noted = 0.0  # when running sessions were last noted in the ledger
         if state.setdefault("owner", self.site.owner) != self.site.owner:
             raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
         for spec in plan.specs:
@@ -467,21 +497,28 @@ class Remote:
 
     # -- going on
 
-    def recover(self, anew: bool = False) -> None:
+    def recover(self, anew: Sequence[StageSpec] = ()) -> None:
         """Make what an earlier command left ready to go on: pushes without an answer, dead and refused runs.
 
-        anew: dead runs are not handed over. Raises DiskFull if one is too large to go through this machine.
+        anew: stages whose dead runs are not handed over. Raises DiskFull if one is too large to go through this
+        machine, Paused if a run that was started without its sources is still at work.
         """
         self.save()
         for spec in self.plan.specs:
             entry = self.state["stages"][spec.name]
+            if entry.get("stray"):
+                if self.site.under_way(entry["kernel"]):
+                    raise Paused(f"{spec.name} still runs without what it needs. {self._how_to_stop(spec)}")
+                self.note(spec, stray=False)
             if entry["status"] == "pushing":
                 if self.site.version(entry["kernel"]) > entry["before"]:
                     self._confirm(spec, "")
                 else:
                     self.note(spec, status="waiting")
             elif entry["status"] in ("failed", "cancelled"):
-                if entry.get("ran") and not anew:
+                if spec in anew:
+                    shutil.rmtree(self._fetched(spec), ignore_errors=True)
+                elif entry.get("ran"):
                     self._hand_over(spec)
                 self.note(spec, status="waiting", ran=False)
 
@@ -491,22 +528,26 @@ class Remote:
         It goes through this machine. What was fetched stays here until it was sent, so that it is fetched once.
         """
         run, ref = self.plan.run, f"{self.site.owner}/{slug('gifqa', self.plan.run, spec.name[:2], 'work')}"
+        folder, data_set = self._fetched(spec), self._fetched(spec).with_name(f"{spec.name}-work")
+        shutil.rmtree(data_set, ignore_errors=True)
         if self._stays_there(spec):
-            most = spec.gigabytes[self.plan.profile.name]
+            most, leave_out = spec.gigabytes[self.plan.profile.name], f"--anew {spec.name[:2]}"
             print(
                 f"{spec.name}: up to {most:g} GB of the run that ended go through this machine, since Kaggle attaches "
-                "nothing of it. `kaggle resume --anew` drops them, and makes them again there",
+                f"nothing of it. `kaggle resume {leave_out}` drops them, and makes them again there",
                 flush=True,
             )
-            require_disk(self.plan.folder, 2 * most, f"Handing {spec.name} over, unless you resume with --anew,")
-        folder = self._fetch(spec)
+            here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+            room = round(max(2 * most - here, here), 1)  # for the files and for their archive
+            require_disk(self.plan.folder, room, f"Handing {spec.name} over, unless you resume with {leave_out},")
+        self._fetch(spec)
         if attached.holds_work(folder):
-            with tempfile.TemporaryDirectory(dir=folder.parent) as data_set:
-                attached.pack(run, spec.name, folder, Path(data_set))
-                write_json(Path(data_set) / "dataset-metadata.json", dataset_metadata(ref))
-                print(f"{spec.name}: the work of the run that ended is handed over as {ref}", flush=True)
-                self.site.publish(Path(data_set), ref)
+            attached.pack(run, spec.name, folder, data_set)
+            write_json(data_set / "dataset-metadata.json", dataset_metadata(ref))
+            print(f"{spec.name}: the work of the run that ended is handed over as {ref}", flush=True)
+            self.site.publish(data_set, ref)
             self.note(spec, source=ref)
+            shutil.rmtree(data_set)
         shutil.rmtree(folder)
 
     def follow(self, deadline: float) -> int:
@@ -536,30 +577,36 @@ class Remote:
 
     # -- the week's GPU-hours
 
-    def _session(self, spec: StageSpec) -> str:
-        entry = self.state["stages"][spec.name]
-        return f"{entry['kernel']}/{entry['version']}"
+    def _at_work(self) -> list[dict[str, Any]]:
+        """Return the entries of this account's GPU sessions that are under way, those of other runs among them."""
+        costly = {spec.name for spec in self.plan.suite.stages if spec.gpu}
+        files = {*runs_root().glob("*/kaggle.json")} - {self.plan.folder / "kaggle.json"}
+        others = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
+        found = []
+        for state in [self.state, *(other for other in others if other.get("owner") == self.site.owner)]:
+            entries = [entry for name, entry in state["stages"].items() if name in costly]
+            found += [entry for entry in entries if entry["status"] == "pushing"]  # whose answer may have been lost
+            begun = [entry for entry in entries if entry["status"] == "running" or entry.get("stray")]
+            # another command may have left its run long ago, without seeing its end
+            found += [entry for entry in begun if self.site.under_way(entry["kernel"])]
+        return found
 
-    def _meter(self, spec: StageSpec, ended: float | None = None) -> None:
-        """Note a GPU session's age in the ledger, from its push until now or until it `ended` (seconds since 1970)."""
-        entry = self.state["stages"][spec.name]
-        if spec.gpu:
-            seconds = min(max(0.0, (ended or time.time()) - entry["began"]), entry["seconds"])
-            quota.open_ledger().note(self._session(spec), "kaggle", seconds, entry["began"] + seconds)
-
-    def _at_work(self) -> list[StageSpec]:
-        return [spec for spec in self.plan.specs if spec.gpu and self.status(spec) == "running"]
+    def _meter(self, entry: dict[str, Any], ended: float | None = None) -> str:
+        """Note a GPU session's age in the ledger, from its push until now or until it `ended`; returns its name."""
+        name = f"{entry['kernel']}/{entry['version']}"
+        seconds = min(max(0.0, (ended or time.time()) - entry["began"]), entry["seconds"])
+        quota.open_ledger().note(name, "kaggle", seconds, entry["began"] + seconds)
+        return name
 
     def _budget(self) -> quota.Budget:
         """Return the week's budget, with all that running sessions may still use taken as used; prints it once."""
-        found = quota.read_budget(
-            None, self.plan.suite.weekly_hours, self.site.account, {self._session(spec) for spec in self._at_work()}
-        )
+        entries = self._at_work()
+        running = {self._meter(entry) for entry in entries if entry["status"] != "pushing"}
+        found = quota.read_budget(None, self.plan.suite.weekly_hours, self.site.account, running)
         for line in (f"Quota: {found.sentence()}", *(f"  Warning: {warning}" for warning in found.warnings)):
             if line not in self.told:
                 print(line, flush=True)
                 self.told.add(line)
-        entries = [self.state["stages"][spec.name] for spec in self._at_work()]
         held = sum(max(0.0, entry["began"] + entry["seconds"] - time.time()) for entry in entries)
         return replace(found, used=found.used + held)
 
@@ -567,8 +614,16 @@ class Remote:
         """Forecast what a stage will still take on Kaggle's GPUs, less what its sessions have done."""
         given = bool(self.plan.parameters[spec.name].get("bundle"))
         whole = quota.forecast(spec, self.plan.profile, self.plan.folder, given, {CARD})
-        done = self.state["stages"][spec.name].get("manifest", {}).get("seconds", 0.0)
-        return replace(whole, seconds=max(whole.seconds - done, quota.START_UP_SECONDS)) if done else whole
+        manifest = self.state["stages"][spec.name].get("manifest", {"seconds": 0.0})
+        if told := manifest.get("to_come"):
+            return quota.Forecast(spec.name, *told, spec.gpu, measured=True)
+        done = manifest["seconds"]  # a whole that nobody measured may be too short: what is left is never nothing
+        return replace(whole, seconds=max(whole.seconds - done, quota.USEFUL_SECONDS)) if done else whole
+
+    def _to_measure(self, spec: StageSpec) -> bool:
+        """Whether a stage that would take long, as nobody has measured, gets a short session for its first steps."""
+        unmeasured = self._forecast(spec) == quota.from_minutes(spec, self.plan.profile)
+        return spec.probe and unmeasured and self._forecast(spec).seconds >= MEASURED_FROM
 
     def _say_week(self) -> None:
         """Print what the GPU stages that are left will take, beside what is left of the week."""
@@ -620,14 +675,18 @@ class Remote:
 
     def _push(self, spec: StageSpec) -> None:
         """Push one stage; raises Failed if Kaggle refuses it or attaches other sources than it was given."""
-        entry = self.state["stages"][spec.name]
-        seconds = self._affordable(spec) if spec.gpu else self.state["seconds"]
-        if not seconds:
-            return
-        folder = self.plan.folder / "kaggle" / spec.name
-        write_kernel(folder, self.plan, spec, self._metadata(spec), seconds)
+        entry, folder = self.state["stages"][spec.name], self.plan.folder / "kaggle" / spec.name
         before = self.site.version(entry["kernel"])
-        self.note(spec, status="pushing", before=before, began=time.time(), seconds=seconds)
+        with _alone_in(runs_root() / ".kaggle.lock", "the week's account", patience=READY_SECONDS):
+            seconds = self._affordable(spec) if spec.gpu else self.state["seconds"]
+            if not seconds:
+                return
+            measure = spec.gpu and self._to_measure(spec)
+            if measure:
+                seconds = min(seconds, MEASURING_SECONDS)
+                print(f"  {spec.name}: a short session measures its pace first; what it does is kept", flush=True)
+            self.note(spec, status="pushing", before=before, began=time.time(), seconds=seconds)
+        write_kernel(folder, self.plan, spec, self._metadata(spec), seconds, measure)
         refusal = self.site.push(folder, seconds, entry["kernel"], before)
         if FULL.search(refusal):
             if entry.get("message") != refusal:
@@ -648,9 +707,16 @@ class Remote:
         if refusal or lacks:
             reason = refusal or f"Kaggle did not attach {', '.join(lacks)}"
             self.note(spec, status="failed", message=reason, ran=False)
+            if arrived:  # it runs nevertheless
+                self.note(spec, version=arrived.current_version_number, stray=True)
+                reason += f". {self._how_to_stop(spec)}"
             raise Failed(f"{spec.name} was not pushed as asked: {reason}")
         self.note(spec, status="running", version=arrived.current_version_number, message="", ran=True)
         print(f"{spec.name}: pushed, version {entry['version']} of {entry['kernel']}", flush=True)
+
+    def _how_to_stop(self, spec: StageSpec) -> str:
+        entry = self.state["stages"][spec.name]
+        return f"Stop version {entry['version']} at https://www.kaggle.com/code/{entry['kernel']}, then resume"
 
     def _arrived(self, ref: str, before: int, patient: bool) -> Any:
         """Return a pushed notebook as Kaggle has it; without it the state of the version before would be taken for it.
@@ -673,10 +739,9 @@ class Remote:
         entry = self.state["stages"][spec.name]
         status, message = self.site.status(entry["kernel"])
         if status in UNDER_WAY:
-            if time.time() - self.noted >= quota.BEAT_SECONDS:
-                for other in self._at_work():
-                    self._meter(other)
-                self.noted = time.time()
+            if spec.gpu and time.time() - entry.get("noted", 0.0) >= quota.BEAT_SECONDS:
+                self._meter(entry)
+                self.note(spec, noted=time.time())
             return
         if status not in ENDED:
             raise Failed(f"{spec.name}: Kaggle tells an unknown status {status!r}")
@@ -685,7 +750,8 @@ class Remote:
         if outcome == "complete":
             self._take(spec)
             return
-        self._meter(spec)
+        if spec.gpu:
+            self._meter(entry)
         self.note(spec, status=outcome)
         if outcome == "cancelled":
             raise Paused(f"{spec.name} was cancelled on Kaggle, at its time limit or by hand")
@@ -698,10 +764,13 @@ class Remote:
         try:
             manifest = self._manifest(spec)
         except Failed as error:
-            self._meter(spec)
+            if spec.gpu:
+                self._meter(entry)
             self.note(spec, status="failed", message=str(error), ran=False)  # nothing of it is handed over
             raise
-        self._meter(spec, datetime.fromisoformat(manifest["finished"]).timestamp())
+        if spec.gpu:  # Kaggle's clock against this one's, but never less than it has worked
+            worked = manifest["seconds"] - entry.get("manifest", {"seconds": 0.0})["seconds"]
+            self._meter(entry, max(datetime.fromisoformat(manifest["finished"]).timestamp(), entry["began"] + worked))
         if manifest["status"] == "partial":
             cut = entry["seconds"] < self.state["seconds"] - 1  # to what was left of the week
             if entry.get("manifest", {}).get("metrics") == manifest["metrics"] and not cut:
@@ -727,9 +796,13 @@ class Remote:
         files = self.site.outputs(self.state["stages"][spec.name]["kernel"])
         return {name[len(prefix) :]: url for name, url in files.items() if name.startswith(prefix)}
 
+    def _fetched(self, spec: StageSpec) -> Path:
+        """Return the folder for files of the stage's newest run on their way."""
+        return self.plan.folder / "kaggle" / f"{spec.name}-{self.state['stages'][spec.name].get('version', 0)}"
+
     def _fetch(self, spec: StageSpec) -> Path:
         """Fetch the stage's files of its newest run and return their folder; files that are there are not fetched."""
-        folder = self.plan.folder / "kaggle" / f"{spec.name}-{self.state['stages'][spec.name]['version']}"
+        folder = self._fetched(spec)
         for other in {*folder.parent.glob(f"{spec.name}-*")} - {folder}:
             shutil.rmtree(other)
         folder.mkdir(parents=True, exist_ok=True)
@@ -901,17 +974,20 @@ def _strip_deadline(argv: Sequence[str]) -> tuple[list[str], float]:
 
 
 @contextlib.contextmanager
-def _alone(run: str) -> Iterator[None]:
-    """Keep other commands away from the run's folder, those that run notebooks here among them; raises StageError.
-
-    What the folder tells is read after this only: another command may have gone on with the run until now.
-    """
-    lock = runs_root() / run / ".lock"
-    hold_lock(lock, f"run {run!r}")
+def _alone_in(lock: Path, what: str, patience: float = 0.0) -> Iterator[None]:
+    hold_lock(lock, what, patience)
     try:
         yield
     finally:
         release_lock(lock)
+
+
+def _alone(run: str) -> contextlib.AbstractContextManager[None]:
+    """Keep other commands away from the run's folder, those that run notebooks here among them; raises StageError.
+
+    What the folder tells is read after this only: another command may have gone on with the run until now.
+    """
+    return _alone_in(runs_root() / run / ".lock", f"run {run!r}")
 
 
 def _push(argv: Sequence[str]) -> int:
@@ -935,7 +1011,8 @@ def _resume(argv: Sequence[str]) -> int:
     """Go on with a run that was pushed: what died is pushed again with the work that it left."""
     argv, deadline = _strip_deadline(argv)
     parser = _run_parser("resume", _resume.__doc__)
-    parser.add_argument("--anew", action="store_true", help="drop what runs that died left, instead of handing it over")
+    words = "drop what a dead run of this stage left; may be repeated"
+    parser.add_argument("--anew", action="append", default=[], metavar="STAGE", help=words)
     args = parser.parse_args(argv)
     _read_state(args.run)  # refuses a run that is none
     site = Site()
@@ -944,13 +1021,13 @@ def _resume(argv: Sequence[str]) -> int:
         return _go(_plan(state["argv"])[0], state, site, deadline, args.anew)
 
 
-def _go(plan: Plan, state: dict[str, Any], site: Site, deadline: float, anew: bool = False) -> int:
+def _go(plan: Plan, state: dict[str, Any], site: Site, deadline: float, anew: Sequence[str] = ()) -> int:
     from helpers.report import print_scores, write_report
 
     again = f"To go on: ./run_all.sh kaggle resume --run {plan.run}"
     try:
         remote = Remote(plan, state, site)
-        remote.recover(anew)
+        remote.recover(_chosen(remote, anew) if anew else ())
         code = remote.follow(deadline)
     except Paused as pause:
         print(f"Paused: {pause}\n{again}")

@@ -114,6 +114,8 @@ class StandIn:
         self.gpu_hours = (0.0, 30.0)  # used and allowed this week
         self.lose_requests: list[str] = []  # endpoints whose next request is dropped before it is read
         self.lose_answers: list[str] = []  # endpoints whose next answer is dropped after it took effect
+        self.break_answers: list[str] = []  # endpoints that do what they are asked, and then answer 502, once each
+        self.stall: list[str] = []  # endpoints whose answer comes two seconds late, once each
         self.held: set[str] = set()  # endings of notebooks that stay in the queue
         self.play: Callable[[Run], KernelWorkerStatus] | None = None  # stands in for executing a notebook
 
@@ -179,6 +181,12 @@ class StandIn:
                     site.lose_answers.remove(name)
                     self.close_connection = True
                     return
+                if name in site.break_answers:  # as a gateway that gives up before the platform does
+                    site.break_answers.remove(name)
+                    code, content = 502, {"code": 502, "message": "Bad Gateway"}
+                if name in site.stall:
+                    site.stall.remove(name)
+                    time.sleep(2.0)
                 self._send(code, json.dumps(content).encode(), "application/json")
 
             def do_PUT(self) -> None:

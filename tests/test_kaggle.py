@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,10 @@ SMALL = [
     *("-p", "adem.world_train", "64", "-p", "adem.world_test", "30", "-p", "adem.epochs", "1"),
 ]
 MAIN_PATH = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation"]
+
+
+CLIENT = tuple(int(part) for part in version("kaggle").split(".")[:2])
+asks_for_quota = pytest.mark.skipif(CLIENT < (2, 2), reason="this Kaggle client has no quota command")
 
 
 def wait_for_port(seconds: float = 60.0) -> None:
@@ -99,6 +104,14 @@ def quick(site, account, monkeypatch, tmp_path):
 
     site.play = play
     return site
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for what the stand-in's threads do."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.05)
 
 
 def push(*arguments: str, minutes: float = 2) -> int:
@@ -229,11 +242,26 @@ def test_notebooks_wait_until_the_data_set_can_be_attached(quick):
 
 def test_sources_that_vanish_silently_are_noticed(quick, account, capfd):
     quick.drop["01-data-sharding"] = 1
+    quick.held.add("01-data-sharding")
     assert push("--only", "01") == FAILED
     error = capfd.readouterr().err
     assert f"did not attach the dataset {OWNER}/gifqa-helpers" in error and "kaggle resume --run tiny" in error
+    assert f"Stop version 1 at https://www.kaggle.com/code/{OWNER}/gifqa-tiny-01-data-sharding" in error
     assert entry(account, "01_data_sharding")["status"] == "failed"
+    assert resume() == PAUSED and len(versions(quick, "01_data_sharding")) == 1  # not beside the one without sources
+    assert "01_data_sharding still runs without what it needs" in capfd.readouterr().out
+    quick.held.clear()
+    wait_until(lambda: versions(quick, "01_data_sharding") == ["COMPLETE"])
     assert resume() == 0 and versions(quick, "01_data_sharding") == ["COMPLETE", "COMPLETE"]
+
+
+@asks_for_quota
+def test_a_session_without_its_sources_counts_while_it_runs(quick, capfd):
+    quick.gpu_hours = (18.5, 30.0)
+    quick.drop["08-demo"] = 1
+    quick.held.add("08-demo")
+    assert push("--only", "08") == FAILED
+    assert push("--run", "other", "--only", "05") == PAUSED and "too little to start" in capfd.readouterr().out
 
 
 def test_sources_that_kaggle_calls_invalid_are_noticed(quick, capfd):
@@ -307,14 +335,15 @@ def test_handing_over_goes_on_where_it_was_stopped(dead, monkeypatch):
 
 
 def test_large_work_is_dropped_if_asked_for(dead, capfd):
-    assert main(["kaggle", "resume", "--run", "tiny", "--anew", "--deadline", "2"]) == 0
+    assert main(["kaggle", "resume", "--run", "tiny", "--anew", "02", "--deadline", "2"]) == REFUSED
+    assert main(["kaggle", "resume", "--run", "tiny", "--anew", "01", "--deadline", "2"]) == 0
     assert not [ref for ref in dead.data_sets if ref.endswith("-work")] and "shard-0" not in dead.fetched
 
 
 def test_large_work_that_this_disk_cannot_hold_is_not_dropped_unasked(dead, monkeypatch, account, capfd):
     monkeypatch.setattr("helpers.workspace.free_gigabytes", lambda path: 0.9)
     assert resume() == REFUSED
-    assert "--anew, needs about 1 GB" in capfd.readouterr().err
+    assert "--anew 01, needs about 1 GB" in capfd.readouterr().err
     assert entry(account, "01_data_sharding")["status"] == "cancelled" and not dead.fetched
 
 
@@ -333,6 +362,26 @@ def test_lost_requests_and_answers_are_repeated_but_no_notebook_runs_twice(quick
     quick.not_ready = 2
     assert push("--only", "01") == 0
     assert versions(quick, "01_data_sharding") == ["COMPLETE"] and not quick.lose_requests + quick.lose_answers
+
+
+def test_a_push_whose_gateway_fails_is_not_sent_twice(quick, monkeypatch):
+    quick.break_answers = ["SaveKernel"]
+    seen, true = [], kaggle.Site.version
+
+    def version(site, ref):  # Kaggle shows the version that has arrived only after a while
+        seen.append(ref)
+        return true(site, ref) if len(seen) > 3 else 0
+
+    monkeypatch.setattr(kaggle.Site, "version", version)
+    assert push("--only", "01") == 0 and versions(quick, "01_data_sharding") == ["COMPLETE"]
+    assert quick.requests.count("SaveKernel") == 1
+
+
+def test_an_answer_that_never_comes_is_given_up(quick, monkeypatch, capfd):
+    monkeypatch.setattr(kaggle, "ANSWER_SECONDS", 0.5)
+    quick.stall = ["GetKernel", "SaveKernel"]
+    assert push("--only", "01") == 0 and versions(quick, "01_data_sharding") == ["COMPLETE"]
+    assert "no answer (ReadTimeout), trying again" in capfd.readouterr().err
 
 
 def test_a_platform_that_does_not_answer_pauses_the_run(quick, monkeypatch, capfd):
@@ -356,10 +405,6 @@ def test_a_push_whose_program_died_is_found_again(quick, account, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- the week's GPU-hours
-
-
-CLIENT = tuple(int(part) for part in version("kaggle").split(".")[:2])
-asks_for_quota = pytest.mark.skipif(CLIENT < (2, 2), reason="this Kaggle client has no quota command")
 
 
 def kernel_seconds(run) -> float:
@@ -400,6 +445,28 @@ def test_hours_that_a_running_session_may_use_are_not_given_away_twice(quick, ac
     assert push("--only", "05", "--only", "08", minutes=0.02) == PAUSED
     assert versions(quick, "05_adem_scienceqa") == ["QUEUED"] and not versions(quick, "08_demo")
     assert entry(account, "08_demo")["status"] == "waiting" and "still running on Kaggle" in capfd.readouterr().out
+
+
+@asks_for_quota
+def test_hours_of_another_runs_session_are_not_given_away_twice(quick, account, capfd):
+    """Five hours ago another run's session began, 15 h were used before it, and it may go on for seven."""
+    quick.gpu_hours = (15.0, 30.0)
+    quick.held.add("08-demo")
+    assert push("--only", "08", minutes=0.001) == PAUSED
+    path = account / "tiny" / "kaggle.json"
+    state = json.loads(path.read_text())
+    state["stages"]["08_demo"] |= {"began": time.time() - 5 * HOUR, "seconds": 12 * HOUR}
+    path.write_text(json.dumps(state))
+    quick.play = lambda run: KernelWorkerStatus.ERROR
+    assert push("--run", "other", "--only", "05", minutes=0.001) == PAUSED
+    (run,) = quick.runs[f"{OWNER}/gifqa-other-05-adem-scienceqa"]
+    assert run.request.session_timeout_seconds == pytest.approx(3 * HOUR - workspace.MARGIN_SECONDS, abs=60)
+    assert "20.0 of 30 GPU-hours used this week (account and running sessions)" in capfd.readouterr().out
+    quick.held.clear()  # it ends, unseen: from now on the account tells of it
+    wait_until(lambda: quick.runs[f"{OWNER}/gifqa-tiny-08-demo"][0].status is KernelWorkerStatus.ERROR)
+    quick.gpu_hours = (29.9, 30.0)
+    assert push("--run", "third", "--only", "05", minutes=0.001) == PAUSED
+    assert "29.9 of 30 GPU-hours used this week (account)" in capfd.readouterr().out
 
 
 def test_pushed_gpu_sessions_are_noted_in_the_ledger_and_others_not(quick, account, monkeypatch):
