@@ -130,8 +130,9 @@ class Ledger:
     def used(self, start: float, end: float, where: str, now: float, sessions: Collection[str] | None = None) -> float:
         """Return the GPU seconds of `sessions` (None: of all) on platform `where` between two times.
 
-        Lengths come from a clock that is never set. Only the week that they belong to depends on the wall clock: where
-        that moved backwards, time counts as late as it may have been, so that too much rather than too little is used.
+        Lengths come from a clock that is never set, but for sessions that were only watched from outside. The week that
+        they belong to depends on the wall clock: where that moved backwards, time counts as late as it may have been,
+        so that too much rather than too little is used.
         """
         total = 0.0
         found: dict[str, list[Beat]] = {}
@@ -289,7 +290,8 @@ def read_budget(
         try:
             account = (ask or ask_account)()
         except QuotaUnknown as error:
-            warnings = (f"The account's quota is not known: {error}. Only this workspace's own sessions are counted.",)
+            unknown = f"The account's quota is not known: {error}. Only this workspace's own sessions are counted: "
+            warnings = (unknown + "if there were others this week, name fewer hours by --weekly-hours.",)
     if platform() == "kaggle" and gpus():  # a notebook that is run by hand notes nothing
         ledger.beats.append(Beat(session_name(), where, session_seconds(), time.time()))
     found = budget(ledger, weekly_hours or default_hours, time.time(), account, where, {session_name(), *running})

@@ -12,12 +12,13 @@ import time
 import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from kagglesdk.kernels.types.kernels_enums import KernelWorkerStatus
+from packaging.requirements import Requirement
 from slugify import slugify
 
 from helpers import kaggle, quota, workspace
@@ -82,8 +83,15 @@ def quick(site, account, monkeypatch, tmp_path):
     """The stand-in without kernels: pushed stages leave a copy of `made`, and the wheel is an empty archive."""
 
     def pip(*arguments: str) -> None:
-        folder = Path(arguments[arguments.index("--wheel-dir") + 1])
-        zipfile.ZipFile(folder / "gif_question_answering-0.1.0-py3-none-any.whl", "w").close()
+        if arguments[0] == "download":
+            folder = Path(arguments[arguments.index("--dest") + 1])
+            wanted = [word.replace("-", "_").replace("==", "-") for word in arguments if "==" in word]
+            names = [f"{name}-py3-none-any.whl" for name in wanted]
+        else:
+            folder = Path(arguments[arguments.index("--wheel-dir") + 1])
+            names = ["gif_question_answering-0.1.0-py3-none-any.whl"]
+        for name in names:
+            zipfile.ZipFile(folder / name, "w").close()
 
     monkeypatch.setattr(kaggle, "_pip", pip)
     site.made = {}
@@ -345,6 +353,29 @@ def test_large_work_that_this_disk_cannot_hold_is_not_dropped_unasked(dead, monk
     assert resume() == REFUSED
     assert "--anew 01, needs about 1 GB" in capfd.readouterr().err
     assert entry(account, "01_data_sharding")["status"] == "cancelled" and not dead.fetched
+
+
+def test_wheels_of_what_the_image_lacks_go_along_if_asked_for(quick):
+    assert push("--only", "01", "--wheels") == 0
+    (sent,) = quick.data_sets[f"{OWNER}/{kaggle.HELPERS}"].versions
+    wheels = {name.partition("-")[0] for name in sent if name.endswith(".whl")}
+    packages = {"bitsandbytes", "pylance", "lance_namespace", "lance_namespace_urllib3_client"}
+    assert wheels == packages | {"gif_question_answering"}
+    assert json.loads(sent[kaggle.MARKER])["files"].keys() == {name for name in sent if name.endswith(".whl")}
+
+
+def test_wheels_are_those_of_the_lock_and_need_only_what_the_image_has():
+    locked = (workspace.repo_root() / "requirements.lock").read_text().splitlines()
+    wheels = stages.load_suite(stages.suite_file()).kaggle_wheels
+    assert set(wheels) <= set(locked)
+    names = {Requirement(wheel).name for wheel in wheels}
+    on_image = {"torch", "numpy", "packaging", "pyarrow", "pydantic", "python-dateutil", "typing-extensions", "urllib3"}
+    for name in names:
+        needs = [Requirement(text) for text in requires(name) or []]
+        for need in (need for need in needs if not need.marker or need.marker.evaluate({"extra": ""})):
+            assert need.name in names | on_image, f"{name} needs {need}"
+            if need.name in names:
+                assert version(need.name) in need.specifier
 
 
 def test_a_full_house_is_waited_for(quick, account, capfd):
