@@ -21,7 +21,7 @@ from kagglesdk.kernels.types.kernels_enums import KernelWorkerStatus
 from packaging.requirements import Requirement
 from slugify import slugify
 
-from helpers import kaggle, quota, workspace
+from helpers import kaggle, kaggle_site, quota, workspace
 from helpers import stage as stages
 from helpers.config import ConfigError
 from helpers.quota import HOUR
@@ -65,8 +65,8 @@ def account(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
-    monkeypatch.setattr(kaggle, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(kaggle, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(kaggle_site, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(kaggle_site, "RETRY_SECONDS", 0.01)
     return tmp_path / "runs"
 
 
@@ -207,16 +207,16 @@ def test_expired_token_is_refused_and_not_printed(quick, account, capfd):
 def test_token_that_expires_on_the_way_is_refused_and_a_new_one_goes_on(quick, monkeypatch, capfd):
     quick.held.add("01-data-sharding")
     assert push("--only", "01", minutes=0.001) == PAUSED
-    true = kaggle._sign_in
+    true = kaggle_site._sign_in
 
     def signs_in_last_minute():
         api = true()
         quick.token = "a-newer-token"
         return api
 
-    monkeypatch.setattr(kaggle, "_sign_in", signs_in_last_minute)
+    monkeypatch.setattr(kaggle_site, "_sign_in", signs_in_last_minute)
     assert resume() == REFUSED and "401" in capfd.readouterr().err
-    monkeypatch.setattr(kaggle, "_sign_in", true)
+    monkeypatch.setattr(kaggle_site, "_sign_in", true)
     monkeypatch.setenv("KAGGLE_API_TOKEN", "a-newer-token")
     quick.held.clear()
     assert resume() == 0 and versions(quick, "01_data_sharding") == ["COMPLETE"]
@@ -278,7 +278,7 @@ def test_sources_that_kaggle_calls_invalid_are_noticed(quick, capfd):
 
 
 def test_a_notebook_that_is_filed_under_another_name_is_told_at_once(quick, account, monkeypatch, capfd):
-    monkeypatch.setattr(kaggle, "READY_SECONDS", 1.0)
+    monkeypatch.setattr(kaggle_site, "READY_SECONDS", 1.0)
     quick.rename["01-data-sharding"] = "gifqa-tiny-01-data-sharding-2"
     quick.play = lambda run: KernelWorkerStatus.COMPLETE
     assert push("--only", "01", minutes=0.05) == FAILED
@@ -308,13 +308,13 @@ def dead(quick, monkeypatch):
         return KernelWorkerStatus.CANCEL_ACKNOWLEDGED
 
     true, quick.play, quick.fetched = quick.play, play, []
-    download = kaggle.Site.download
+    download = kaggle_site.Site.download
 
     def counting(site, url, path):
         quick.fetched.append(path.name)
         download(site, url, path)
 
-    monkeypatch.setattr(kaggle.Site, "download", counting)
+    monkeypatch.setattr(kaggle_site.Site, "download", counting)
     monkeypatch.setattr(kaggle, "PULLED_GIGABYTES", 0.1)
     assert push("--only", "01") == PAUSED
     quick.play = true
@@ -397,26 +397,26 @@ def test_lost_requests_and_answers_are_repeated_but_no_notebook_runs_twice(quick
 
 def test_a_push_whose_gateway_fails_is_not_sent_twice(quick, monkeypatch):
     quick.break_answers = ["SaveKernel"]
-    seen, true = [], kaggle.Site.version
+    seen, true = [], kaggle_site.Site.version
 
     def version(site, ref):  # Kaggle shows the version that has arrived only after a while
         seen.append(ref)
         return true(site, ref) if len(seen) > 3 else 0
 
-    monkeypatch.setattr(kaggle.Site, "version", version)
+    monkeypatch.setattr(kaggle_site.Site, "version", version)
     assert push("--only", "01") == 0 and versions(quick, "01_data_sharding") == ["COMPLETE"]
     assert quick.requests.count("SaveKernel") == 1
 
 
 def test_an_answer_that_never_comes_is_given_up(quick, monkeypatch, capfd):
-    monkeypatch.setattr(kaggle, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(kaggle_site, "ANSWER_SECONDS", 0.5)
     quick.stall = ["GetKernel", "SaveKernel"]
     assert push("--only", "01") == 0 and versions(quick, "01_data_sharding") == ["COMPLETE"]
     assert "no answer (ReadTimeout), trying again" in capfd.readouterr().err
 
 
 def test_a_platform_that_does_not_answer_pauses_the_run(quick, monkeypatch, capfd):
-    monkeypatch.setattr(kaggle, "TRIES", 2)
+    monkeypatch.setattr(kaggle_site, "TRIES", 2)
     quick.lose_requests = ["GetKernel"] * 2
     assert push("--only", "01") == PAUSED
     assert "Kaggle did not answer 2 times" in capfd.readouterr().out
@@ -601,13 +601,13 @@ def test_files_that_changed_on_the_way_are_not_taken(quick, account, capfd):
 
 
 def test_names_from_outside_stay_in_their_folder(quick, account, monkeypatch, capfd):
-    true = kaggle.Site.outputs
+    true = kaggle_site.Site.outputs
 
     def outputs(site, ref):
         files = true(site, ref)
         return files | {"runs/tiny/01_data_sharding/../../../../evil.txt": next(iter(files.values()))}
 
-    monkeypatch.setattr(kaggle.Site, "outputs", outputs)
+    monkeypatch.setattr(kaggle_site.Site, "outputs", outputs)
     assert push("--only", "01") == FAILED
     assert "would leave its folder" in capfd.readouterr().err
     assert not list(account.parents[0].rglob("evil.txt"))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from helpers import kaggle, quota
+from helpers import kaggle, kaggle_site, quota
 from helpers import stage as stages
 from helpers.quota import HOUR, WEEK
 from helpers.suite import Failed, Paused
@@ -46,7 +46,7 @@ class Session:
 
 
 class Platform:
-    """What `kaggle.Site` offers, played by rules: sessions work, save, die, and cost hours until they have ended."""
+    """What `kaggle_site.Site` offers, played by rules: sessions work, save, die, and cost hours until they end."""
 
     owner = "me"
 
@@ -177,7 +177,7 @@ def platform(tmp_path, monkeypatch, request):
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
     for module in (kaggle, quota):
         monkeypatch.setattr(module, "time", found)
-    monkeypatch.setattr(kaggle, "POLL_SECONDS", 300.0)
+    monkeypatch.setattr(kaggle_site, "POLL_SECONDS", 300.0)
     monkeypatch.setattr(kaggle, "build_helpers", lambda *_: "wheel")
     monkeypatch.setattr(kaggle, "require_disk", lambda *_: None)
     monkeypatch.setattr(Platform, "publish", publishes(Platform.publish))
