@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from helpers import attached, kaggle_site, quota
 from helpers.config import ConfigError
-from helpers.kaggle_site import UNDER_WAY, Site
+from helpers.kaggle_site import NOT_VALID, UNDER_WAY, Site
 from helpers.stage import (
     StageError,
     StageSpec,
@@ -43,7 +43,7 @@ from helpers.stage import (
     stage_settings,
     write_json,
 )
-from helpers.suite import DONE, FAILED, PAUSED, Failed, Paused, Plan, make_plan, parse_deadline
+from helpers.suite import DONE, FAILED, PAUSED, Failed, Paused, Plan, make_plan, parse_deadline, parse_hours
 from helpers.workspace import repo_root, require_disk, runs_root
 
 GPU = "NvidiaTeslaT4"  # two T4s, the only GPUs for everyone; enable_gpu alone no longer says which GPU comes
@@ -179,6 +179,7 @@ class Remote:
     def __init__(self, plan: Plan, state: dict[str, Any], site: Site) -> None:
         self.plan, self.state, self.site = plan, state, site
         self.told: set[str] = set()  # what was said about the week's GPU-hours
+        self.noted: dict[str, float] = {}  # when each running session was last noted in the ledger
         if state.setdefault("owner", self.site.owner) != self.site.owner:
             raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
         for spec in plan.specs:
@@ -207,11 +208,18 @@ class Remote:
         anew: stages whose dead runs are not handed over. Raises DiskFull if one is too large to go through this
         machine, Paused if a run that was started without its sources is still at work.
         """
+        self._check_version()
         self.save()
+        for spec in anew:
+            if self.status(spec) not in ("failed", "cancelled"):
+                raise ConfigError(f"--anew {spec.name}: it is {self.status(spec)}; only what died can begin anew")
         for spec in self.plan.specs:
             entry = self.state["stages"][spec.name]
             if entry.get("stray"):
-                if self.site.under_way(entry["kernel"]):
+                at_work = self.site.under_way(entry["kernel"])
+                if spec.gpu:
+                    self._meter(entry, time.time())
+                if at_work:
                     raise Paused(f"{spec.name} still runs without what it needs. {self._how_to_stop(spec)}")
                 self.note(spec, stray=False)
             if entry["status"] == "pushing":
@@ -222,9 +230,25 @@ class Remote:
             elif entry["status"] in ("failed", "cancelled"):
                 if spec in anew:
                     shutil.rmtree(self._fetched(spec), ignore_errors=True)
+                    entry.pop("manifest", None)
+                    self.note(spec, source="")
                 elif entry.get("ran"):
                     self._hand_over(spec)
                 self.note(spec, status="waiting", ran=False)
+
+    def _check_version(self) -> None:
+        """Raise ConfigError if a stage was made by a version of the suite that made something else."""
+        for spec in self.plan.specs:
+            made = self.state["stages"][spec.name].get("manifest")
+            if made is not None:
+                now = {"contract": spec.contract, "inputs": sorted(spec.inputs)}
+                then = {"contract": made["settings"]["contract"], "inputs": sorted(made["settings"]["inputs"])}
+                if now != then:
+                    words = "\n  ".join(differences(then, now))
+                    raise ConfigError(
+                        f"{spec.name} of run {self.plan.run!r} was made by another version of the suite:\n  {words}\n"
+                        "Go on with that version, or push another run (--run NAME)"
+                    )
 
     def _hand_over(self, spec: StageSpec) -> None:
         """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run.
@@ -238,7 +262,7 @@ class Remote:
             most, leave_out = spec.gigabytes[self.plan.profile.name], f"--anew {spec.name[:2]}"
             print(
                 f"{spec.name}: up to {most:g} GB of the run that ended go through this machine, since Kaggle attaches "
-                f"nothing of it. `kaggle resume {leave_out}` drops them, and makes them again there",
+                f"nothing of it. `kaggle resume {leave_out}` drops them, and the stage begins anew",
                 flush=True,
             )
             here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
@@ -284,45 +308,42 @@ class Remote:
     def _at_work(self) -> list[dict[str, Any]]:
         """Return the entries of this account's GPU sessions that are under way, those of other runs among them."""
         costly = {spec.name for spec in self.plan.suite.stages if spec.gpu}
-        files = {*runs_root().glob("*/kaggle.json")} - {self.plan.folder / "kaggle.json"}
-        others = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
-        found = []
-        for state in [self.state, *(other for other in others if other.get("owner") == self.site.owner)]:
-            entries = [entry for name, entry in state["stages"].items() if name in costly]
-            found += [entry for entry in entries if entry["status"] == "pushing"]  # whose answer may have been lost
-            begun = [entry for entry in entries if entry["status"] == "running" or entry.get("stray")]
+        others = {file.parent for file in runs_root().glob("*/kaggle.json")} - {self.plan.folder}
+        stages = [self.state["stages"], *map(quota.pushed, sorted(others))]
+        entries = [entry for run in stages for name, entry in run.items() if name in costly]
+        mine = [entry for entry in entries if entry["kernel"].startswith(f"{self.site.owner}/")]
+        return [
+            entry
+            for entry in mine
+            if entry["status"] == "pushing"  # whose answer may have been lost
             # another command may have left its run long ago, without seeing its end
-            found += [entry for entry in begun if self.site.under_way(entry["kernel"])]
-        return found
+            or (quota.begun(entry) and self.site.under_way(entry["kernel"]))
+        ]
 
     def _meter(self, entry: dict[str, Any], ended: float | None = None) -> str:
-        """Note a GPU session's age in the ledger, from its push until now or until it `ended`; returns its name."""
-        name = f"{entry['kernel']}/{entry['version']}"
-        seconds = min(max(0.0, (ended or time.time()) - entry["began"]), entry["seconds"])
-        quota.open_ledger().note(name, "kaggle", seconds, entry["began"] + seconds)
+        """Note a GPU session's age in the ledger, now and then while it runs, or when it `ended`; returns its name."""
+        name, now = quota.session_on_kaggle(entry), time.time()
+        if ended is not None or now - self.noted.get(name, -math.inf) >= quota.BEAT_SECONDS:
+            seconds = min(max(0.0, (ended or now) - entry["began"]), entry["seconds"])
+            quota.open_ledger().note(name, "kaggle", seconds, entry["began"] + seconds)
+            self.noted[name] = now
         return name
 
     def _budget(self) -> quota.Budget:
         """Return the week's budget, with all that running sessions may still use taken as used; prints it once."""
         entries = self._at_work()
         running = {self._meter(entry) for entry in entries if entry["status"] != "pushing"}
-        found = quota.read_budget(None, self.plan.suite.weekly_hours, self.site.account, running)
+        default = self.plan.suite.weekly_hours
+        found = quota.read_budget(self.plan.weekly_hours, default, self.site.account, running)
         for line in (f"Quota: {found.sentence()}", *(f"  Warning: {warning}" for warning in found.warnings)):
-            if line not in self.told:
-                print(line, flush=True)
-                self.told.add(line)
+            self._say_once(line, line)
         held = sum(max(0.0, entry["began"] + entry["seconds"] - time.time()) for entry in entries)
         return replace(found, used=found.used + held)
 
     def _forecast(self, spec: StageSpec) -> quota.Forecast:
-        """Forecast what a stage will still take on Kaggle's GPUs, less what its sessions have done."""
+        """Forecast what a stage will still take on Kaggle's GPUs."""
         given = bool(self.plan.parameters[spec.name].get("bundle"))
-        whole = quota.forecast(spec, self.plan.profile, self.plan.folder, given, {CARD})
-        manifest = self.state["stages"][spec.name].get("manifest", {"seconds": 0.0})
-        if told := manifest.get("to_come"):
-            return quota.Forecast(spec.name, *told, spec.gpu, measured=True)
-        done = manifest["seconds"]  # a whole that nobody measured may be too short: what is left is never nothing
-        return replace(whole, seconds=max(whole.seconds - done, quota.USEFUL_SECONDS)) if done else whole
+        return quota.forecast(spec, self.plan.profile, self.plan.folder, given, {CARD})
 
     def _to_measure(self, spec: StageSpec) -> bool:
         """Whether a stage that would take long, as nobody has measured, gets a short session for its first steps."""
@@ -348,10 +369,14 @@ class Remote:
         if not decision.start:
             self.short = f"{spec.name} waits for GPU-hours. {decision.words}. {quota.outlook([forecast], found, now)}"
             return 0.0
-        if spec.name not in self.told:
-            print(f"  {decision.words}", flush=True)
-            self.told.add(spec.name)
+        self._say_once(f"  {spec.name}, {forecast.source}", f"  {decision.words}")
         return seconds
+
+    def _say_once(self, what: str, words: str) -> None:
+        """Print a line about `what`, however often it would be: a stage may wait for long, and be asked about again."""
+        if what not in self.told:
+            print(words, flush=True)
+            self.told.add(what)
 
     # -- pushing and watching
 
@@ -388,7 +413,8 @@ class Remote:
             measure = spec.gpu and self._to_measure(spec)
             if measure:
                 seconds = min(seconds, MEASURING_SECONDS)
-                print(f"  {spec.name}: a short session measures its pace first; what it does is kept", flush=True)
+                line = f"  {spec.name}: a short session measures its pace first; what it does is kept"
+                self._say_once(line, line)
             self.note(spec, status="pushing", before=before, began=time.time(), seconds=seconds)
         write_kernel(folder, self.plan, spec, self._metadata(spec), seconds, measure)
         refusal = self.site.push(folder, seconds, entry["kernel"], before)
@@ -406,7 +432,8 @@ class Remote:
     def _confirm(self, spec: StageSpec, refusal: str) -> None:
         """Compare a push with what Kaggle made of it: with sources that are not valid it runs the rest nevertheless."""
         entry = self.state["stages"][spec.name]
-        arrived = self._arrived(entry["kernel"], entry["before"], patient=not refusal)
+        accepted = not refusal or refusal.startswith(NOT_VALID)  # then the rest of it runs
+        arrived = self._arrived(entry["kernel"], entry["before"], patient=accepted)
         lacks = _lacking(self._metadata(spec), arrived) if arrived else []
         if refusal or lacks:
             reason = refusal or f"Kaggle did not attach {', '.join(lacks)}"
@@ -443,9 +470,8 @@ class Remote:
         entry = self.state["stages"][spec.name]
         status, message = self.site.status(entry["kernel"])
         if status in UNDER_WAY:
-            if spec.gpu and time.time() - entry.get("noted", 0.0) >= quota.BEAT_SECONDS:
+            if spec.gpu:
                 self._meter(entry)
-                self.note(spec, noted=time.time())
             return
         if status not in ENDED:
             raise Failed(f"{spec.name}: Kaggle tells an unknown status {status!r}")
@@ -455,7 +481,7 @@ class Remote:
             self._take(spec)
             return
         if spec.gpu:
-            self._meter(entry)
+            self._meter(entry, time.time())
         self.note(spec, status=outcome)
         if outcome == "cancelled":
             raise Paused(f"{spec.name} was cancelled on Kaggle, at its time limit or by hand")
@@ -469,7 +495,7 @@ class Remote:
             manifest = self._manifest(spec)
         except Failed as error:
             if spec.gpu:
-                self._meter(entry)
+                self._meter(entry, time.time())
             self.note(spec, status="failed", message=str(error), ran=False)  # nothing of it is handed over
             raise
         if spec.gpu:  # Kaggle's clock against this one's, but never less than it has worked
@@ -625,7 +651,9 @@ def push_parser() -> argparse.ArgumentParser:
     add(
         "--deadline", default="", metavar="WHEN", help="stop watching at HH:MM or in so many minutes, with exit code 75"
     )
-    parser.set_defaults(gifs="", qa="", holdout=None, bundle="", upstream="", force=False, weekly_hours=None)
+    words = "keep to so many GPU-hours a week (default: the account's)"
+    add("--weekly-hours", type=parse_hours, default=None, metavar="H", help=words)
+    parser.set_defaults(gifs="", qa="", holdout=None, bundle="", upstream="", force=False)
     return parser
 
 

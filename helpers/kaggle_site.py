@@ -17,6 +17,7 @@ from helpers.suite import Failed, Paused
 POLL_SECONDS, RETRY_SECONDS, TRIES = 30.0, 5.0, 6
 ANSWER_SECONDS = 120.0  # without a byte of an answer, after which a request is given up and sent again
 READY_SECONDS = 3600.0  # new data sets took 15 minutes for 228 MB
+NOT_VALID = "not valid as sources"  # how the reason begins if a push was taken without some of its sources
 UNDER_WAY = {"QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT"}
 
 
@@ -220,15 +221,15 @@ class Site:
         def send() -> str:
             try:
                 answer = self.api.kernels_push(str(folder), timeout=str(int(seconds)))
-            except (requests.ConnectionError, requests.Timeout, requests.HTTPError) as error:
+            except requests.RequestException as error:
                 if (
                     getattr(error.response, "status_code", 500) < 500
                 ):  # above it, a gateway may fail after a push arrived
                     raise
-                for _ in range(TRIES):
+                for attempt in range(TRIES):
                     if self.version(ref) > before:
                         return ""
-                    time.sleep(RETRY_SECONDS)
+                    time.sleep(RETRY_SECONDS * 2**attempt)
                 raise
             if answer is None:
                 return "no reason given"
@@ -241,7 +242,7 @@ class Site:
             kinds = {"data sets": answer.invalid_dataset_sources, "notebooks": answer.invalid_kernel_sources}
             kinds["models"] = answer.invalid_model_sources
             invalid = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-            return answer.error or (f"not valid as sources: {invalid}" if invalid else "")
+            return answer.error or (f"{NOT_VALID}: {invalid}" if invalid else "")
 
         return self._call(f"push of {ref}", send)
 

@@ -164,7 +164,7 @@ def gpu_hours(profile: Profile, run_folder: Path) -> tuple[quota.Budget | None, 
     costly = [spec for spec in suite.stages if spec.default and needs_gpu(spec, profile)]
     if not costly and platform() != "kaggle":
         return None, []
-    found = quota.read_budget(None, suite.weekly_hours)
+    found = quota.read_budget(None, suite.weekly_hours, running=quota.begun_on_kaggle())
     forecasts = [quota.forecast(spec, profile, run_folder) for spec in costly]
     return found, quota.plan_sessions(forecasts, found, time.time())
 

@@ -115,9 +115,7 @@ def predict(
         range(0, len(order), size), desc=description, unit="batch", mininterval=2.0, disable=not progress
     ):
         if time.perf_counter() > ends:
-            raise DeadlineReached(
-                f"time is up in {description}: {start:,} of {len(order):,} problems; run again to go on"
-            )
+            raise DeadlineReached(f"time is up in {description}; run again to go on")
         chosen = order[start : start + size]
         batch = batch_of([(encoded[i], paths[i]) for i in chosen], pixels, padding_token(model), left=True)
         del batch["labels"]

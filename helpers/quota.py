@@ -168,6 +168,31 @@ def open_ledger() -> Ledger:
     return Ledger(runs_root() / "quota.jsonl", also)
 
 
+# ------------------------------------------------------------------------------------ what was pushed to Kaggle
+
+
+def pushed(run_folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what is known of each stage of a run that was pushed from here; {} of a run that was not."""
+    file = run_folder / "kaggle.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("stages", {}) if file.is_file() else {}
+
+
+def session_on_kaggle(entry: Mapping[str, Any]) -> str:
+    """Name a pushed stage's newest session in the ledger."""
+    return f"{entry['kernel']}/{entry['version']}"
+
+
+def begun(entry: Mapping[str, Any]) -> bool:
+    """Whether a pushed stage's session began and its end has not been seen; stray ones run without their sources."""
+    return entry["status"] == "running" or bool(entry.get("stray"))
+
+
+def begun_on_kaggle() -> set[str]:
+    """Return the names of all sessions that were pushed from here and whose end has not been seen."""
+    entries = [entry for file in runs_root().glob("*/kaggle.json") for entry in pushed(file.parent).values()]
+    return {session_on_kaggle(entry) for entry in entries if begun(entry)}
+
+
 # ------------------------------------------------------------------------------------------- the account's figure
 
 
@@ -375,7 +400,7 @@ def _trained(folder: Path) -> tuple[float, str] | None:
     """Forecast training and its blind twin from their checkpoints (notebook 05 keeps both in folders)."""
     main = _pace(folder) or _pace(folder / "main")
     blind = _pace(folder / "blind_run") or _pace(folder / "blind")
-    if main is None:
+    if main is None or (blind and main[1] == main[2] and blind[1] == blind[2]):  # what comes after it is not measured
         return None
     pace, done, steps = main
     seconds = pace * (steps - done)
@@ -411,21 +436,26 @@ def forecast(
 ) -> Forecast:
     """Forecast what a stage will still take in a run.
 
-    In this order: nothing if it is done; its own checkpoints; a finished run of the profile on the same GPU; the
-    minutes of suite.yaml, which nobody has measured. given_bundle: nothing is trained, a bundle is only copied. cards:
-    names of the GPUs that the stage will run on; None: of those that are here.
+    In this order: nothing if it is done; its own steps, here or in its last session on Kaggle; a finished run of the
+    profile on the same GPU; the minutes of suite.yaml, which nobody has measured. given_bundle: nothing is trained, a
+    bundle is only copied. cards: names of the GPUs that the stage will run on; None: of those that are here.
     """
-    folder = run_folder / spec.name
-    manifest = read_manifest(find_stage(run_folder, spec.name))
+    folder, there = run_folder / spec.name, pushed(run_folder).get(spec.name, {})
+    manifest = read_manifest(find_stage(run_folder, spec.name)) or there.get("manifest")
     if manifest and manifest["status"] == "complete" and not spec.always:
         return Forecast(spec.name, 0.0, "done", spec.gpu)
     if given_bundle and spec.name == "03_adapter_training":
         return Forecast(spec.name, START_UP_SECONDS, "the given bundle is only copied", spec.gpu)
-    if found := own_pace(folder):
+    told = there.get("manifest", {"seconds": 0.0})
+    if found := own_pace(folder) or told.get("to_come"):
         return Forecast(spec.name, *found, spec.gpu, measured=True)
     if found := _measured(spec, profile, {gpu.name for gpu in gpus()} if cards is None else cards):
-        return Forecast(spec.name, *found, spec.gpu)
-    return from_minutes(spec, profile)
+        whole = Forecast(spec.name, *found, spec.gpu)
+    else:
+        whole = from_minutes(spec, profile)
+    # a forecast that was not measured may be too short: what is left of it is never nothing
+    left = max(whole.seconds - told["seconds"], USEFUL_SECONDS)
+    return replace(whole, seconds=left) if told["seconds"] else whole
 
 
 def from_minutes(spec: StageSpec, profile: Profile) -> Forecast:

@@ -809,13 +809,17 @@ def show_quota(arguments: Sequence[str]) -> int:
     parser.prog, parser.description, parser.epilog = "run_all.sh quota", show_quota.__doc__, None
     parser.add_argument("--figure", type=Path, default=None, metavar="PNG", help="draw the weeks that the run takes")
     parser.add_argument(
-        "--lifetime", type=_hours, default=math.inf, metavar="H", help="draw it with sessions that die after so long"
+        "--lifetime",
+        type=parse_hours,
+        default=math.inf,
+        metavar="H",
+        help="draw it with sessions that die after H hours in the mean",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other deaths (default: 0)")
     args = parser.parse_args(arguments)
     plan = make_plan(args, arguments)
-    print("GPU here:", ", ".join(gpu.name for gpu in gpus()) or "none, so nothing is counted and nothing is refused")
-    found = quota.read_budget(plan.weekly_hours, plan.suite.weekly_hours)
+    print("GPU here:", ", ".join(gpu.name for gpu in gpus()) or "none: what counts is what is pushed to Kaggle")
+    found = quota.read_budget(plan.weekly_hours, plan.suite.weekly_hours, running=quota.begun_on_kaggle())
     _say_budget(found, set())
     forecasts = [_forecast(plan, spec) for spec in plan.specs]
     print(f"\nWhat run {plan.run!r} will still take, profile {plan.profile.name!r}:")
@@ -848,7 +852,7 @@ def score(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _hours(text: str) -> float:
+def parse_hours(text: str) -> float:
     hours = float(text)
     if not 0 < hours <= 168:
         raise ValueError
@@ -893,7 +897,7 @@ def run_parser() -> argparse.ArgumentParser:
     add("--deadline", default="", metavar="WHEN", help="HH:MM or minutes from now: save, pause and exit 75 by then")
     add(
         "--weekly-hours",
-        type=_hours,
+        type=parse_hours,
         default=None,
         metavar="H",
         help="GPU-hours a week to keep within (default: on Kaggle the account's, elsewhere no limit)",

@@ -270,6 +270,12 @@ def test_a_session_without_its_sources_counts_while_it_runs(quick, capfd):
     quick.held.add("08-demo")
     assert push("--only", "08") == FAILED
     assert push("--run", "other", "--only", "05") == PAUSED and "too little to start" in capfd.readouterr().out
+    noted = {beat.session for beat in quota.open_ledger().beats}
+    assert noted == {f"{OWNER}/gifqa-tiny-08-demo/1"}
+    quick.held.clear()
+    wait_until(lambda: versions(quick, "08_demo") == ["COMPLETE"])
+    assert resume() == 0
+    assert {beat.session for beat in quota.open_ledger().beats} == noted | {f"{OWNER}/gifqa-tiny-08-demo/2"}
 
 
 def test_sources_that_kaggle_calls_invalid_are_noticed(quick, capfd):
@@ -343,9 +349,34 @@ def test_handing_over_goes_on_where_it_was_stopped(dead, monkeypatch):
 
 
 def test_large_work_is_dropped_if_asked_for(dead, capfd):
-    assert main(["kaggle", "resume", "--run", "tiny", "--anew", "02", "--deadline", "2"]) == REFUSED
-    assert main(["kaggle", "resume", "--run", "tiny", "--anew", "01", "--deadline", "2"]) == 0
+    anew = ["kaggle", "resume", "--run", "tiny", "--deadline", "2", "--anew"]
+    assert main([*anew, "02"]) == REFUSED and "has no stage 02" in capfd.readouterr().err
+    assert main([*anew, "01"]) == 0
     assert not [ref for ref in dead.data_sets if ref.endswith("-work")] and "shard-0" not in dead.fetched
+    assert main([*anew, "01"]) == REFUSED and "it is complete; only what died" in capfd.readouterr().err
+
+
+def test_work_that_kills_whoever_goes_on_with_it_can_be_dropped(dead, account):
+    true, dead.play = dead.play, lambda run: KernelWorkerStatus.ERROR
+    assert resume() == FAILED
+    assert entry(account, "01_data_sharding")["source"] == f"{OWNER}/gifqa-tiny-01-work"
+    dead.play = true
+    assert main(["kaggle", "resume", "--run", "tiny", "--deadline", "2", "--anew", "01"]) == 0
+    assert dead.runs[f"{OWNER}/gifqa-tiny-01-data-sharding"][-1].sources["data"] == [f"{OWNER}/{kaggle.HELPERS}"]
+
+
+@pytest.mark.parametrize("change", [{"contract": 0}, {"inputs": {"00_start_here": "digest"}}])
+def test_a_run_of_another_version_of_the_suite_is_not_gone_on_with(quick, account, capfd, change):
+    quick.held.add("08-demo")
+    assert push("--only", "01", "--only", "08", minutes=0.02) == PAUSED
+    path = account / "tiny" / "kaggle.json"
+    state = json.loads(path.read_text())
+    state["stages"]["01_data_sharding"]["manifest"]["settings"] |= change
+    path.write_text(json.dumps(state))
+    assert resume() == REFUSED
+    error = capfd.readouterr().err
+    assert "01_data_sharding of run 'tiny' was made by another version of the suite" in error
+    assert next(iter(change)) in error and "--run NAME" in error
 
 
 def test_large_work_that_this_disk_cannot_hold_is_not_dropped_unasked(dead, monkeypatch, account, capfd):
@@ -454,6 +485,45 @@ def test_a_gpu_session_is_as_short_as_what_is_left_of_the_week(quick, capfd):
     assert costly.request.session_timeout_seconds == pytest.approx(left, abs=60)
     assert kernel_seconds(costly) == pytest.approx(0.9 * left, abs=60)
     assert kernel_seconds(free) == 11.5 * HOUR  # without a GPU nothing counts
+
+
+@asks_for_quota
+def test_fewer_hours_can_be_kept_to(quick, capfd):
+    quick.gpu_hours = (4.0, 30.0)
+    assert push("--only", "08", "--weekly-hours", "4.1") == PAUSED
+    assert "4.0 of 4.1 GPU-hours used this week" in capfd.readouterr().out and not versions(quick, "08_demo")
+
+
+@asks_for_quota
+def test_a_stage_that_nobody_has_measured_gets_a_short_session_and_then_a_forecast(quick, monkeypatch, capfd):
+    """Within one command: what is told before the long session is what the short one measured."""
+    monkeypatch.setattr(kaggle, "MEASURED_FROM", 60.0)
+    quick.gpu_hours = (10.0, 30.0)
+
+    def play(run):
+        stage = stages.Stage("05_adem_scienceqa", profile="tiny", run="tiny", parameters={"data": ""})
+        own = run.working / "runs" / "tiny" / "05_adem_scienceqa"
+        (stage.folder / "made.txt").write_text("made")
+        if 'os.environ["SUITE_PROBE_STEPS"] = "20"' in run.request.text.replace('\\"', '"'):
+            checkpoints = stage.folder / "main" / "checkpoints" / "step-00000020"
+            checkpoints.mkdir(parents=True)
+            told = {"step": 20, "seconds": 60.0, "total_steps": 10_000}
+            (checkpoints / "checkpoint.json").write_text(json.dumps(told))
+            stage.finish({"steps": 20}, ["made.txt"], status="partial")
+        else:
+            stage.finish({"steps": 10_000}, ["made.txt"])
+        stages.release_lock(stage.folder / ".lock")
+        shutil.move(stage.folder, own)
+        return KernelWorkerStatus.COMPLETE
+
+    quick.play = play
+    assert push("--only", "05") == 0
+    first, second = quick.runs[f"{OWNER}/gifqa-tiny-05-adem-scienceqa"]
+    assert first.request.session_timeout_seconds == 3600 and second.request.session_timeout_seconds > 11 * HOUR
+    assert second.sources["kernel"] == [f"{OWNER}/gifqa-tiny-05-adem-scienceqa"] and "PROBE" not in second.request.text
+    out = capfd.readouterr().out
+    assert out.count("a short session measures its pace first") == 1
+    assert "about 16.7 h (3.00 s a step, 20 of 10,000 steps done, and the blind twin)" in out
 
 
 @asks_for_quota

@@ -298,8 +298,28 @@ def test_forecast_of_notebook_05_comes_from_its_two_folders(tmp_path, monkeypatc
         (folder / name / "checkpoints").mkdir(parents=True)
     checkpoint(folder / "main", 500, 500, 1000.0)
     checkpoint(folder / "blind", 100, 500, 100.0)
-    told = quota.forecast(SUITE.spec("05_adem_scienceqa"), load_profile("kaggle"), tmp_path / "r")
+    spec, profile = SUITE.spec("05_adem_scienceqa"), load_profile("kaggle")
+    told = quota.forecast(spec, profile, tmp_path / "r")
     assert told.measured and told.seconds == 400 + quota.START_UP_SECONDS
+    checkpoint(folder / "blind", 500, 500, 500.0)  # the answers are to come, and training says nothing of them
+    assert quota.forecast(spec, profile, tmp_path / "r") == quota.from_minutes(spec, profile)
+
+
+def test_forecast_of_a_pushed_stage_comes_from_its_sessions_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    (tmp_path / "r").mkdir()
+
+    def told(**manifest):
+        stages = {"03_adapter_training": {"manifest": {"status": "partial", "seconds": HOUR} | manifest}}
+        write_json(tmp_path / "r" / "kaggle.json", {"stages": stages})
+        return quota.forecast(SUITE.spec("03_adapter_training"), load_profile("kaggle"), tmp_path / "r")
+
+    found = told(to_come=[7200.0, "3.00 s a step"])
+    assert found.measured and (found.seconds, found.source) == (7200.0, "3.00 s a step")
+    minutes = SUITE.spec("03_adapter_training").minutes["kaggle"]
+    assert told().seconds == 60 * minutes - HOUR and not told().measured
+    assert told(seconds=600.0 * minutes).seconds == quota.USEFUL_SECONDS  # it took longer than was thought
+    assert told(status="complete").seconds == 0  # though its files stay there
 
 
 def test_forecast_of_a_finished_stage_of_its_twin_in_another_run_and_of_a_given_bundle(tmp_path, monkeypatch):
@@ -421,6 +441,24 @@ def test_quota_command_tells_forecast_and_draws_the_weeks(tmp_path, monkeypatch,
     assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 2 weeks" in out
     assert "03_adapter_training   8.3 h yes suite.yaml's minutes, not measured" in out
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quota_command_counts_what_was_pushed_and_still_runs(tmp_path, monkeypatch, capsys):
+    """Two sessions of five hours: the account's 20 hours hold the one that has ended, and not the other."""
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setattr(quota, "ask_account", lambda: quota.Account(20.0, 30.0, SATURDAY))
+    monkeypatch.setattr(quota.time, "time", lambda: NOW)
+    entries = {
+        "03": {"status": "running", "kernel": "me/a", "version": 2},
+        "04": {"status": "complete", "kernel": "me/b", "version": 1},
+        "05": {"status": "waiting", "kernel": "me/c"},
+    }
+    (tmp_path / "runs" / "pushed").mkdir(parents=True)
+    write_json(tmp_path / "runs" / "pushed" / "kaggle.json", {"owner": "me", "stages": entries})
+    for session in ("me/a/2", "me/b/1"):
+        quota.open_ledger().note(session, "kaggle", 5 * HOUR, NOW)
+    assert suite.main(["quota", "--profile", "kaggle"]) == 0
+    assert "25.0 of 30 GPU-hours used this week (account and running sessions)" in capsys.readouterr().out
 
 
 def test_quota_figure_shows_what_deaths_cost(tmp_path, monkeypatch, capsys):
