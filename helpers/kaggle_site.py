@@ -222,10 +222,9 @@ class Site:
             try:
                 answer = self.api.kernels_push(str(folder), timeout=str(int(seconds)))
             except requests.RequestException as error:
-                if (
-                    getattr(error.response, "status_code", 500) < 500
-                ):  # above it, a gateway may fail after a push arrived
+                if getattr(error.response, "status_code", 500) < 500:
                     raise
+                # a gateway may fail after the push arrived, and what arrived may show up late
                 for attempt in range(TRIES):
                     if self.version(ref) > before:
                         return ""
