@@ -483,7 +483,7 @@ class LossDisplay:
         if not _in_kernel():
             line = f"step {last[-1]['step']}/{self.bar.total}  epoch {last[-1]['epoch']:.2f}  loss {loss:.4f}"
             self.bar.write(f"{line}  {recorder.seconds:.0f} s")
-        elif time.perf_counter() - self.drawn >= self.interval:
+        elif last[-1]["step"] == self.bar.total or time.perf_counter() - self.drawn >= self.interval:
             self.draw(recorder.table(), window)
             self.drawn = time.perf_counter()
 

@@ -621,3 +621,12 @@ def test_loss_display_draws_in_place_in_a_notebook(monkeypatch):
     axes = shown.curve(recorder.table(), 4).axes[0]
     assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
     assert axes.lines[0].get_ydata()[-1] == pytest.approx(1 / 20)
+    seldom = training.LossDisplay(20, 0, interval=3600.0)
+    history.pop()
+    seldom.update(recorder, 4)
+    seldom.update(recorder, 4)
+    assert len(drawn) == 3
+    history.append({"step": 20, "epoch": 1.0, "loss": 0.05})
+    seldom.update(recorder, 4)  # the last step is drawn, however soon it comes
+    assert len(drawn) == 4
+    seldom.close()
