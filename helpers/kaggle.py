@@ -54,6 +54,7 @@ MEASURED_FROM, MEASURING_SECONDS = 3600.0, 3600.0  # stages longer than this, an
 MARGIN_SECONDS = 1800.0  # a session stops its own work this long before Kaggle would cancel it
 PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for, or their run died
 SLUG_LENGTH = 50
+UNTIL = "stop watching at HH:MM or in so many minutes, with exit code 75"
 FEW_FILES = 20  # these are fetched without a progress bar
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
 NO_HOURS = re.compile(r"\b(GPU|accelerator) quota\b", re.IGNORECASE)  # Maximum weekly GPU quota of 30.00 hours reached
@@ -648,9 +649,7 @@ def push_parser() -> argparse.ArgumentParser:
     )
     add("--wheels", action="store_true", help="send wheels of what Kaggle lacks along: notebooks need no internet")
     add("--session", type=float, default=12.0, metavar="HOURS", help="time limit of each session (default: 12)")
-    add(
-        "--deadline", default="", metavar="WHEN", help="stop watching at HH:MM or in so many minutes, with exit code 75"
-    )
+    add("--deadline", default="", metavar="WHEN", help=UNTIL)
     words = "keep to so many GPU-hours a week (default: the account's)"
     add("--weekly-hours", type=parse_hours, default=None, metavar="H", help=words)
     parser.set_defaults(gifs="", qa="", holdout=None, bundle="", upstream="", force=False)
@@ -743,6 +742,7 @@ def _resume(argv: Sequence[str]) -> int:
     """Go on with a run that was pushed: what died is pushed again with the work that it left."""
     argv, deadline = _strip_deadline(argv)
     parser = _run_parser("resume", _resume.__doc__)
+    parser.add_argument("--deadline", default="", metavar="WHEN", help=UNTIL)
     words = "drop what a dead run of this stage left; may be repeated"
     parser.add_argument("--anew", action="append", default=[], metavar="STAGE", help=words)
     args = parser.parse_args(argv)
