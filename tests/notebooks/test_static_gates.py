@@ -27,7 +27,8 @@ COMMON = [
     'run = ""  # name of the run; empty: the profile\'s name',
     'overrides = {}  # profile keys to change, e.g. {"training.epochs": 2}',
 ]
-SET_UP = """import os
+SET_UP = """# tested under the packages of Kaggle's image of 2026-05 and of Colab's runtimes 2026-07 and 2026-08
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -234,6 +235,9 @@ def test_requirements_agree_with_each_other():
 def test_package_sets_of_the_platforms_are_supported(path):
     supported = {r.name: r.specifier for r in _ranges((ROOT / "requirements.txt").read_text())}
     pinned = {r.name: r.specifier for r in _ranges(path.read_text())}
+    image, _, release = path.stem.partition("-")
+    named = SET_UP.splitlines()[0]  # what every notebook tells of itself
+    assert path.stem == "lowest" or (image.capitalize() in named and release in named)
     assert "torch" not in pinned and {"transformers", "peft", "accelerate"} <= set(pinned)
     for name in set(pinned) & set(supported):
         version = str(pinned[name]).removeprefix("==")
