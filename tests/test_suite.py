@@ -207,9 +207,14 @@ class OnKaggle:
 
 
 @pytest.fixture
-def on_kaggle(world, monkeypatch):
+def new_session(monkeypatch):
+    """A session that has just begun, however long this machine has been up."""
     for module in (workspace, runner, quota):
         monkeypatch.setattr(module, "session_seconds", lambda: 0.0)
+
+
+@pytest.fixture
+def on_kaggle(world, new_session, monkeypatch):
     return OnKaggle(world, monkeypatch)
 
 
@@ -276,7 +281,7 @@ def test_dead_token_or_endpoint_stops_nothing(world, on_kaggle, monkeypatch, cap
     assert capsys.readouterr().err.count("The account's quota is not known: Kaggle's client failed: 401") == 1
 
 
-def test_colab_keeps_its_stages_on_drive_and_takes_them_back(world, monkeypatch, capsys):
+def test_colab_keeps_its_stages_on_drive_and_takes_them_back(world, new_session, monkeypatch, capsys):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
     monkeypatch.setattr(workspace, "DRIVE", world.folder / "drive")
     (world.folder / "drive").mkdir()
