@@ -367,8 +367,7 @@ def test_work_that_kills_whoever_goes_on_with_it_can_be_dropped(dead, account):
 
 @pytest.mark.parametrize("change", [{"contract": 0}, {"inputs": {"00_start_here": "digest"}}])
 def test_a_run_of_another_version_of_the_suite_is_not_gone_on_with(quick, account, capfd, change):
-    quick.held.add("08-demo")
-    assert push("--only", "01", "--only", "08", minutes=0.02) == PAUSED
+    assert push("--only", "01") == 0
     path = account / "tiny" / "kaggle.json"
     state = json.loads(path.read_text())
     state["stages"]["01_data_sharding"]["manifest"]["settings"] |= change
