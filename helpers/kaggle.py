@@ -348,8 +348,8 @@ class Remote:
 
     def _to_measure(self, spec: StageSpec) -> bool:
         """Whether a stage that would take long, as nobody has measured, gets a short session for its first steps."""
-        unmeasured = self._forecast(spec) == quota.from_minutes(spec, self.plan.profile)
-        return spec.probe and unmeasured and self._forecast(spec).seconds >= MEASURED_FROM
+        guess = quota.from_minutes(spec, self.plan.profile)
+        return spec.probe and guess.seconds >= MEASURED_FROM and self._forecast(spec) == guess
 
     def _say_week(self) -> None:
         """Print what the GPU stages that are left will take, beside what is left of the week."""

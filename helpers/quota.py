@@ -43,7 +43,7 @@ FIRST_REFRESH = 2 * 86400.0  # Saturday 00:00 UTC, assumed until the account has
 BEAT_SECONDS = 60.0  # between two lines of a session: what a death leaves uncounted
 USEFUL_SECONDS = 900.0  # less time than this only loads models: a stage that does not fit into it is not started
 START_UP_SECONDS = 300.0  # of a stage: a new kernel, imports and models, before its first step
-PROBE_STEPS = 20  # of training, or batches of encoding, measured before the stage goes on; of answers, one chunk
+PROBE_STEPS = 20  # of training, or batches of encoding, measured before a stage goes on; of answers a chunk a task
 ATTACHED_DEPTH = 6  # folders between /kaggle/input and another session's ledger
 
 
@@ -418,7 +418,7 @@ def _paced(folder: Path) -> tuple[float, str] | None:
     known = {pace["unit"]: pace["seconds"] / pace["done"] for pace in paces if pace["done"]}
     each = {pace["unit"]: known.get(pace["unit"], max(known.values())) for pace in paces}  # unknown: as the slowest
     told = [f"{pace['left']:,} {pace['unit']} at {1 / each[pace['unit']]:.1f} a second" for pace in paces]
-    return sum(pace["left"] * each[pace["unit"]] for pace in paces) + START_UP_SECONDS, f"{', '.join(told)}"
+    return sum(pace["left"] * each[pace["unit"]] for pace in paces) + START_UP_SECONDS, ", ".join(told)
 
 
 def _measured(spec: StageSpec, profile: Profile, names: set[str]) -> tuple[float, str] | None:

@@ -853,6 +853,7 @@ def score(arguments: Sequence[str]) -> int:
 
 
 def parse_hours(text: str) -> float:
+    """Read a number of hours of a week; raises ValueError if it is none."""
     hours = float(text)
     if not 0 < hours <= 168:
         raise ValueError

@@ -219,7 +219,7 @@ def _colab_secret(name: str) -> str | None:
         return None
 
 
-PACE_FILE = "pace.json"  # beside what a stage keeps: how fast it was, and what is left, when it stopped before its end
+PACE_FILE = "pace.json"  # beside what a stage that is not done keeps: how fast it was, and what is left
 
 
 def probe_steps() -> float:
