@@ -2,15 +2,39 @@
 
 import difflib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from helpers.workspace.place import default_profile
+
 PROFILES = Path(__file__).resolve().parent / "profiles"
 ADEM_PRESETS = PROFILES / "adem"
 SECTIONS = ("data", "shapes", "encoder", "language_model", "connector", "training", "evaluation", "adem")
+
+
+# By section, the keys that change how fast or how safely a run goes, not what it makes (GPUs: up to rounding and the
+# random numbers of dropout). Whoever compares settings leaves them out on both sides.
+PACING: dict[str, frozenset[str]] = {
+    "data": frozenset({"workers"}),
+    "encoder": frozenset({"batch_groups", "gpus"}),
+    "training": frozenset({"checkpoint_minutes", "log_steps", "gradient_checkpointing", "gpus"}),
+    "evaluation": frozenset({"batch_tokens"}),
+    "adem": frozenset({"preset", "checkpoint_minutes", "log_steps", "gradient_checkpointing", "evaluation_batch"}),
+}
+# By section, the keys that earlier versions had: runs, checkpoints and bundles of then still name them.
+REMOVED: dict[str, frozenset[str]] = {}
+
+
+# Of ADEM-VL. Module, where the query is taken, where the result is added: "mlp_in_out" asks with the (normalised) input
+# of a block's MLP and adds to its output; mhsa is the self-attention.
+PLACEMENTS = ("mlp_in_out", "mlp_in_in", "mlp_out_out", "mhsa_in_out", "mhsa_in_in", "mhsa_out_out")
+PHI_NAMES = ("silu", "identity", "relu", "elu", "softmax", "silu_positive")  # functions of its scores
 
 
 class ConfigError(ValueError):
@@ -22,6 +46,13 @@ def _number(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value.strip()):
         return float(value)
     return value
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a profile key declares of itself. before: what the suite did when the key did not exist."""
+
+    before: Any
 
 
 Float = Annotated[float, BeforeValidator(_number)]
@@ -66,7 +97,7 @@ class EncoderConfig(Section):
     revision: str | None
     frames_per_group: Positive
     batch_groups: Positive
-    gpus: Positive = 1
+    gpus: Annotated[Positive, Key(before=1)] = 1
 
 
 class LanguageModelConfig(Section):
@@ -116,7 +147,7 @@ class TrainingConfig(Section):
     checkpoint_minutes: Annotated[Float, Field(gt=0)]
     groups: Groups
     log_steps: Positive
-    gpus: Positive = 1
+    gpus: Annotated[Positive, Key(before=1)] = 1
 
 
 class EvaluationConfig(Section):
@@ -154,8 +185,8 @@ class AdemConfig(Section):
     beta: Float
     drop_ratio: Annotated[Float, Field(ge=0, lt=1)]
     use_cls: bool
-    cross_attention: Literal["mlp_in_out", "mlp_in_in", "mlp_out_out", "mhsa_in_out", "mhsa_in_in", "mhsa_out_out"]
-    phi: Literal["silu", "identity", "softmax", "relu", "elu", "silu_positive"]
+    cross_attention: Literal[PLACEMENTS]
+    phi: Literal[PHI_NAMES]
     learnable_threshold: bool
     layer_dropout: Annotated[Float, Field(ge=0, lt=1)]
     cross_attention_dropout: Annotated[Float, Field(ge=0, lt=1)]
@@ -247,15 +278,60 @@ def profile_keys() -> dict[str, Any]:
     return keys
 
 
+def as_now(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section's values that an earlier version wrote as this version would have written them.
+
+    Keys that no longer exist are left out, and those that did not exist then have what was done without them.
+    """
+    fields = Profile.model_fields[section].annotation.model_fields
+    before = {name: mark.before for name, field in fields.items() for mark in field.metadata if isinstance(mark, Key)}
+    removed = REMOVED.get(section, frozenset())
+    return before | {name: value for name, value in values.items() if name not in removed}
+
+
+def deciding(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run's settings decides its result, whichever version wrote them: for comparing two of them.
+
+    sections: values by section, or by "section.key"; what is no section is kept as it is.
+    """
+    found = {}
+    for name, values in sections.items():
+        section, _, key = name.partition(".")
+        if key and key not in PACING.get(section, ()) and key not in REMOVED.get(section, ()):
+            found[name] = values
+        elif section in SECTIONS and isinstance(values, Mapping):
+            kept = as_now(section, values).items()
+            found[name] = {own: value for own, value in kept if own not in PACING.get(section, ())}
+        elif not key:
+            found[name] = values
+    return found
+
+
+def profile_of(values: Mapping[str, Any]) -> "Profile":
+    """Return the profile that an earlier version wrote, beside a bundle for example.
+
+    A section that it lacks is left to its default, if it has one. Raises ConfigError, naming each fault.
+    """
+    now = {
+        name: as_now(name, value) if name in SECTIONS and isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+    try:
+        return Profile.model_validate(now)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, "profile")) from error
+
+
 def parse_override(key: str, text: str) -> Any:
     """Read the command line's `text` as a value of profile key `key`: text keys keep it verbatim, others are YAML."""
     keys = profile_keys()
     if key not in keys:
         raise ConfigError(f"unknown profile key {key!r}; {nearest(key, list(keys))}")
     annotation = keys[key].annotation
-    if str in get_args(annotation) and text.strip() in ("", "null", "None"):
+    optional_text = set(get_args(annotation)) == {str, NoneType}
+    if optional_text and text.strip() in ("", "null", "None"):
         return None
-    if annotation is str or str in get_args(annotation):
+    if annotation is str or optional_text:
         return text
     try:
         return yaml.safe_load(text)
@@ -300,8 +376,6 @@ def load_profile(name_or_path: str = "", overrides: dict[str, Any] | None = None
     `overrides`: values by dotted key, e.g. {"training.epochs": 2}. Raises ConfigError, naming the nearest valid key.
     """
     if not name_or_path:
-        from helpers.workspace import default_profile
-
         name_or_path = default_profile()
     path = _profile_path(name_or_path)
     try:

@@ -1,14 +1,60 @@
 """Installs what an image lacks, before anything is imported; only the standard library is used here."""
 
 import importlib
+import logging
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 
-from helpers.workspace import platform, repo_root
+from helpers.workspace.place import platform, repo_root, scratch_root, share_secrets
+
+SHOWN = "SUITE_VISIBLE_DEVICES"  # what `set_up` put into CUDA_VISIBLE_DEVICES, to tell it from the user's own choice
+
+
+def set_up() -> None:
+    """Prepare this process for a notebook; called before torch or transformers are imported.
+
+    Sets quiet, offline-safe library switches, one visible GPU (a 4-bit model must never meet DataParallel) or as many
+    as the notebook's parameters ask for, and on Kaggle and Colab a model cache on scratch disk, so that weights do not
+    fill the disk that is kept. Reads secrets. Raises ConfigError if the notebook's profile or overrides are not valid.
+    """
+    switches = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    if platform() != "local":
+        switches["HF_HOME"] = str(scratch_root() / "huggingface")
+    for name, value in switches.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == os.environ.get(SHOWN):  # neither is set, or both by another notebook
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[SHOWN] = ",".join(map(str, range(_gpus_asked_for())))
+    share_secrets()
+    # bitsandbytes looks for a CPU kernel on the hub at import and warns that it is not installed: nothing to act on
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*kernels.*", module="bitsandbytes.*")
+
+
+def _gpus_asked_for() -> int:
+    """Return how many GPUs the parameters of the notebook that runs here ask for; 1 where there is no notebook.
+
+    Its first cell has set them. A Stage would know them too late: CUDA reads which GPUs it may use once, and
+    bitsandbytes makes it do so when it is imported.
+    """
+    from helpers.config import load_profile  # pydantic may not be there before install_missing
+
+    given = vars(sys.modules["__main__"])
+    if not isinstance(given.get("overrides"), dict):
+        return 1
+    profile = load_profile(given.get("profile", ""), given["overrides"])
+    return max(profile.encoder.gpus, profile.training.gpus)
+
 
 PACKAGE = "gif-question-answering"  # the wheel in which the helpers come
 NEVER_TOUCHED = ("torch", "torchvision", "numpy", "pillow")  # built into the image for each other

@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from helpers.config import load_profile
+from helpers.workspace import repo_root
+from tests.throwaway import Throwaway
 
 
 @pytest.fixture(scope="session")
@@ -118,3 +120,13 @@ def make_profile(tiny_xclip_dir, tiny_llama_dir):
         return load_profile("tiny", overrides | {key.replace("__", "."): value for key, value in changes.items()})
 
     return make
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """An empty throwaway suite; its kernels find this repository's helpers."""
+    monkeypatch.setenv("SUITE_FILE", str(tmp_path / "suite.yaml"))
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setenv("PYTHONPATH", str(repo_root()))
+    monkeypatch.delenv("SUITE_DEADLINE", raising=False)
+    return Throwaway(tmp_path)

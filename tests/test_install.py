@@ -10,8 +10,9 @@ import nbformat
 import pytest
 
 from helpers import install
+from helpers import install as helpers_install
 from helpers.install import install_missing, missing_packages
-from helpers.workspace import repo_root
+from helpers.workspace.place import repo_root
 
 SET_UP = nbformat.read(repo_root() / "notebooks" / "00_start_here.ipynb", as_version=4).cells[2].source
 LACKING = "gifqa-nothing-real"  # a requirement that no environment and no index has
@@ -35,8 +36,8 @@ def make_wheel(folder: Path, name: str, files: dict[str, str], requires: str = "
 def helpers_wheel(folder: Path) -> Path:
     """A wheel of the helpers that the set-up cell uses, which states a requirement that is not installed."""
     root = repo_root() / "helpers"
-    paths = [root / f"{name}.py" for name in ("__init__", "install", "workspace", "config")]
-    paths += sorted((root / "profiles").rglob("*.yaml"))
+    paths = [root / f"{name}.py" for name in ("__init__", "install", "config")]
+    paths += [*sorted((root / "workspace").glob("*.py")), *sorted((root / "profiles").rglob("*.yaml"))]
     files = {f"helpers/{path.relative_to(root).as_posix()}": path.read_text() for path in paths}
     return make_wheel(folder, "gif-question-answering", files, LACKING)
 
@@ -110,9 +111,9 @@ def test_nothing_is_missing_in_the_environment_of_the_clone():
 def test_torch_numpy_and_pillow_are_pinned_and_an_old_torchao_goes(monkeypatch):
     calls = []
     installed = {"torch": "2.8.0", "numpy": "2.0.2", "pillow": "11.3.0", "torchao": "0.10.0"}
-    monkeypatch.setattr(install, "_installed", installed.__contains__)
+    monkeypatch.setattr(helpers_install, "_installed", installed.__contains__)
     monkeypatch.setattr(install.metadata, "version", installed.__getitem__)
-    monkeypatch.setattr(install, "missing_packages", lambda: ["bitsandbytes>=0.49"])
+    monkeypatch.setattr(helpers_install, "missing_packages", lambda: ["bitsandbytes>=0.49"])
     kept = []
 
     def pip(*arguments):
@@ -120,7 +121,7 @@ def test_torch_numpy_and_pillow_are_pinned_and_an_old_torchao_goes(monkeypatch):
         if arguments[0] == "install":
             kept.append(Path(arguments[2]).read_text())
 
-    monkeypatch.setattr(install, "_pip", pip)
+    monkeypatch.setattr(helpers_install, "_pip", pip)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     install_missing("/wheels")
     assert calls[0] == ("uninstall", "--yes", "torchao")

@@ -12,10 +12,16 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from helpers import kaggle, kaggle_site, quota
-from helpers import stage as stages
-from helpers.quota import HOUR, WEEK
-from helpers.suite import Failed, Paused
+from helpers.runner import quota
+from helpers.runner.kaggle import commands
+from helpers.runner.kaggle import remote as kaggle_remote
+from helpers.runner.kaggle import site as kaggle_site
+from helpers.runner.kaggle.push import HELPERS, kernel_id
+from helpers.runner.outcome import Failed, Paused
+from helpers.runner.plan import RunPlan
+from helpers.runner.quota import budgets, ledger
+from helpers.runner.quota.ledger import HOUR, WEEK
+from helpers.stage import manifest as stages
 
 NOW = 1_795_000_000.0  # Wed 18 Nov 2026, 12:26:40 UTC
 REFRESH = 1_795_219_200.0  # Sat 21 Nov 2026, 00:00 UTC
@@ -53,7 +59,7 @@ class Platform:
     def __init__(self, seed: int, lifetime: float) -> None:
         self.now, self.chance, self.lifetime = NOW, random.Random(seed), lifetime
         self.sessions: list[Session] = []
-        self.plans: dict[str, kaggle.Plan] = {}
+        self.plans: dict[str, RunPlan] = {}
         self.handed: dict[str, float] = {}
 
     # -- the clock
@@ -100,7 +106,7 @@ class Platform:
         if data["enable_gpu"] and sum(s.gpu and s.under_way(self.now) for s in self.sessions) >= 2:
             return "Maximum batch GPU session count of 2 reached."
         stage = data["code_file"].removesuffix(".ipynb")
-        run = next(run for run in self.plans if ref == kaggle.kernel_id(self.owner, run, stage))
+        run = next(run for run in self.plans if ref == kernel_id(self.owner, run, stage))
         # what it can go on with is what is attached, and nothing else
         attached = [self.handed[name] for name in data["dataset_sources"] if name in self.handed]
         green = [s.progress for s in self._of(ref) if s.status == "COMPLETE"]
@@ -140,7 +146,7 @@ class Platform:
 
     def publish(self, folder: Path, ref: str) -> None:
         note = json.loads((folder / "handover.json").read_text())
-        self.handed[ref] = self._of(kaggle.kernel_id(self.owner, *note["stage"]))[-1].progress
+        self.handed[ref] = self._of(kernel_id(self.owner, *note["stage"]))[-1].progress
         self.now += 600
 
     def download(self, url: str, path: Path) -> None:
@@ -156,7 +162,7 @@ class Platform:
         state = json.loads((plan.folder / "kaggle.json").read_text())["stages"]
         settings["inputs"] = {name: state[name]["manifest"]["digest"] for name in spec.inputs}
         (path.parent / "made.txt").write_text("made.txt")
-        records, digest = stages._describe(path.parent, settings, ["made.txt"])
+        records, digest = stages.describe_outputs(path.parent, settings, ["made.txt"])
         return {
             "name": session.stage,
             "status": "partial" if left > 1e-6 else "complete",
@@ -175,26 +181,26 @@ def platform(tmp_path, monkeypatch, request):
     """A platform whose sessions die after seven hours in the mean, and the workspace that pushes to it."""
     found = Platform(request.param, lifetime=7.0)
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
-    for module in (kaggle, quota):
-        monkeypatch.setattr(module, "time", found)
+    for room in (kaggle_remote, budgets, ledger):
+        monkeypatch.setattr(room, "time", found)
     monkeypatch.setattr(kaggle_site, "POLL_SECONDS", 300.0)
-    monkeypatch.setattr(kaggle, "build_helpers", lambda *_: "wheel")
-    monkeypatch.setattr(kaggle, "require_disk", lambda *_: None)
+    monkeypatch.setattr(kaggle_remote, "build_helpers", lambda *_: "wheel")
+    monkeypatch.setattr(kaggle_remote, "require_disk", lambda *_: None)
     monkeypatch.setattr(Platform, "publish", publishes(Platform.publish))
     return found
 
 
 def publishes(true):
     """The helpers' data set is there at once."""
-    return lambda site, folder, ref: None if ref.endswith(kaggle.HELPERS) else true(site, folder, ref)
+    return lambda site, folder, ref: None if ref.endswith(HELPERS) else true(site, folder, ref)
 
 
 def command(platform: Platform, run: str, argv: list[str]) -> bool:
     """One `kaggle push` or `resume`, by someone who closes the laptop after some hours; returns whether all is done."""
-    plan, state = kaggle._plan(["--run", run, *argv])
+    plan, state = commands._plan(["--run", run, *argv])
     platform.plans[run] = plan
     file = plan.folder / "kaggle.json"
-    remote = kaggle.Remote(plan, json.loads(file.read_text()) if file.is_file() else state, platform)
+    remote = kaggle_remote.Remote(plan, json.loads(file.read_text()) if file.is_file() else state, platform)
     try:
         remote.recover()
         remote.follow(platform.now + platform.chance.uniform(0.5, 14) * HOUR)

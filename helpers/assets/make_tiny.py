@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, XCLIPConfig, XCLIPModel
 
 from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, make_world, pick, write_gif
-from helpers.gifs import Limits, decode, sample_indices
+from helpers.gifs.decode import Limits, decode, sample_indices
 
 PRETRAIN_SEED, GATE_SEED = 770_001, 990_001  # texts use the seeds that follow as well
 FRAMES, SIZE, GROUPS = 16, 64, 4

@@ -59,7 +59,9 @@ from helpers.corpora.diagrams import (
     make_problem,
 )
 from helpers.corpora.scienceqa import ANSWER_START, LETTERS, ORDERS, PromptStyle, prompt, target
-from helpers.models.adem_vl import IGNORED, NO_CLS, Encoded, collate, encode, image_tensor, letter_tokens
+from helpers.models.adem_vl.config import NO_CLS
+from helpers.models.adem_vl.sequences import Encoded, collate, encode, image_tensor, letter_tokens
+from helpers.models.parts import IGNORED
 
 PRETRAIN_SEED, GATE_SEED = 880_001, 995_001
 WINDOW = 4096  # tokens that the language model takes; real problems are long in this tokenizer

@@ -9,14 +9,14 @@ a hint that describes a diagram in words, or from what words mean.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from helpers.workspace.disk import whole
 
 SIZE = 64  # pixels, side of an image
 FINE = 4  # drawn this many times larger and averaged down, so that edges are smooth
@@ -350,27 +350,24 @@ def write(folder: str | Path, *, seed: int, train: int, val: int, test: int) -> 
     note = folder / "world.json"
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made:
         return folder
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    records: dict[str, dict[str, Any]] = {}
-    captions: dict[str, str] = {}
-    splits: dict[str, list[str]] = {}
-    for number, (split, count) in enumerate((("train", train), ("val", val), ("test", test))):
-        splits[split] = []
-        for problem in make_problems(seed * 3 + number, count):
-            pid = str(len(records) + 1)
-            splits[split].append(pid)
-            records[pid] = problem.record | {"split": split}
-            if problem.caption:
-                captions[pid] = problem.caption
-            if problem.diagram is not None:
-                path = staging / "images" / split / pid / "image.png"
-                path.parent.mkdir(parents=True)
-                draw(problem.diagram).save(path)
-    staging.mkdir(parents=True, exist_ok=True)
-    contents = {"problems": records, "pid_splits": splits, "captions": {"captions": captions}, "world": made}
-    for name, content in contents.items():
-        (staging / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    with whole(folder) as staging:
+        records: dict[str, dict[str, Any]] = {}
+        captions: dict[str, str] = {}
+        splits: dict[str, list[str]] = {}
+        for number, (split, count) in enumerate((("train", train), ("val", val), ("test", test))):
+            splits[split] = []
+            for problem in make_problems(seed * 3 + number, count):
+                pid = str(len(records) + 1)
+                splits[split].append(pid)
+                records[pid] = problem.record | {"split": split}
+                if problem.caption:
+                    captions[pid] = problem.caption
+                if problem.diagram is not None:
+                    path = staging / "images" / split / pid / "image.png"
+                    path.parent.mkdir(parents=True)
+                    draw(problem.diagram).save(path)
+        staging.mkdir(parents=True, exist_ok=True)
+        contents = {"problems": records, "pid_splits": splits, "captions": {"captions": captions}, "world": made}
+        for name, content in contents.items():
+            (staging / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return folder

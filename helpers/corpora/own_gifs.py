@@ -15,11 +15,8 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from helpers.corpora import (
-    MULTIPLE_CHOICE,
+from helpers.corpora.schema import (
     SPLITS,
-    TASKS,
-    TYPES,
     Corpus,
     CorpusError,
     RowError,
@@ -28,6 +25,8 @@ from helpers.corpora import (
     reject_table,
     require_questions,
 )
+from helpers.corpora.tasks import MULTIPLE_CHOICE, TASKS, TYPES
+from helpers.workspace.disk import whole
 
 COLUMNS = ["gif", "task", "question", "answer", "options"]
 """The columns that the CSV must have, in any order."""
@@ -195,13 +194,10 @@ def write_own_gifs_csv(questions: pd.DataFrame, path: str | Path) -> None:
     for row in questions.itertuples():
         if any("|" in option for option in row.options):
             raise CorpusError(f"{row.gif}, {row.question!r}: an option holds '|', which separates options in a CSV.")
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with whole(Path(path)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, *further])
         for row in questions.itertuples():
             gif = row.gif if PurePosixPath(row.gif).suffix.lower() == ".gif" else f"{row.gif}.gif"
             options, more = "|".join(row.options), (getattr(row, column) for column in further)
             writer.writerow([gif, row.task, row.question, row.answer, options, *more])
-    partial.replace(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from helpers.config import nearest
-from helpers.corpora import CorpusError, RowError, reject_table, require_questions
-from helpers.workspace import require_disk
+from helpers.corpora.schema import CorpusError, RowError, reject_table, require_questions
+from helpers.workspace.disk import put_in_place, require_disk, whole
+from helpers.workspace.inputs import attached_paths
 
 SPLITS = ("train", "val", "test")
 SUBJECTS = ("natural science", "social science", "language science")
@@ -111,16 +111,15 @@ def load(folder: str | Path, splits: Sequence[str] = SPLITS, captions: bool = Fa
     return ScienceQA(problems.astype({"answer": "int64", "grade": "int64"}), reject_table(rejects))
 
 
-def find_attached(inputs: str | Path) -> Path | None:
-    """The folder below `inputs` that holds problems.json and pid_splits.json, whatever it is called; None without one.
+def find_attached() -> Path | None:
+    """The attached folder that holds problems.json and pid_splits.json, whatever it is called; None without one.
 
     Raises `CorpusError` if there is more than one.
     """
-    files = sorted(Path(inputs).glob("**/problems.json"))
-    found = [path.parent for path in files if (path.parent / "pid_splits.json").is_file()]
+    found = [path.parent for path in attached_paths("problems.json") if (path.parent / "pid_splits.json").is_file()]
     if len(found) > 1:
         raise CorpusError(
-            f"several folders below {inputs} hold ScienceQA: {', '.join(map(str, found))}. Name one: -p data FOLDER"
+            f"several attached folders hold ScienceQA: {', '.join(map(str, found))}. Name one: -p data FOLDER"
         )
     return found[0] if found else None
 
@@ -138,7 +137,7 @@ def fetch(folder: str | Path, splits: Sequence[str] = SPLITS) -> Path:
             if not (folder / name).is_file():
                 partial = _download(url, folder / f"{name}.part")
                 read_json(partial)
-                partial.replace(folder / name)
+                put_in_place(partial, folder / name)
         for split in splits:
             if not (folder / "images" / split).is_dir():
                 archive = _download(IMAGES.format(split=split), folder / f"{split}.zip.part")
@@ -168,19 +167,16 @@ def _download(url: str, path: Path) -> Path:
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Write every <pid>/image.png of a split's archive into `folder`, at once or not at all; other names are left."""
-    staging = folder.with_name(f".{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    with zipfile.ZipFile(archive) as opened:
+    with whole(folder) as staging, zipfile.ZipFile(archive) as opened:
+        staging.mkdir()
         for member in opened.infolist():
             match = re.fullmatch(r"(?:[A-Za-z0-9_-]+/)*([A-Za-z0-9_-]+)/(image\.[a-z]+)", member.filename)
             if match is None or member.file_size > MAX_IMAGE_BYTES:
                 continue
             (staging / match[1]).mkdir(exist_ok=True)
             (staging / match[1] / match[2]).write_bytes(opened.read(member))
-    if not any(staging.iterdir()):
-        raise CorpusError(f"{archive.name} holds no <problem>/image.png")
-    staging.rename(folder)
+        if not any(staging.iterdir()):
+            raise CorpusError(f"{archive.name} holds no <problem>/image.png")
 
 
 def read_records(path: str | Path) -> dict[str, dict[str, Any]]:

@@ -21,15 +21,17 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    from helpers.corpora import Corpus
+from helpers.corpora import tgif_qa
+from helpers.corpora.own_gifs import write_own_gifs_csv
+from helpers.corpora.schema import Corpus
+from helpers.workspace.disk import whole
 
 SHAPES = {
     "circle": "circles",
@@ -500,9 +502,8 @@ def _write_gifs(folder: Path, scenes: list[Scene], what: str) -> None:
     for scene in tqdm(scenes, desc=f"drawing {what} GIFs", unit="GIF", mininterval=1):
         path = folder / f"{scene.name}.gif"
         if not path.exists():
-            partial = path.with_suffix(".part")
-            write_gif(scene, partial)
-            partial.rename(path)
+            with whole(path) as temporary:
+                write_gif(scene, temporary)
 
 
 def _splits(seed: int, train: int, test: int) -> Iterator[tuple[str, list[Scene], pd.DataFrame]]:
@@ -609,8 +610,6 @@ def describe(scene: Scene) -> str:
 
 def write_own_gifs(folder: Path, seed: int, train: int, test: int) -> Path:
     """Writes a fresh world in the own-GIFs format (GIF files and `qa.csv`); returns the CSV's path."""
-    from helpers.corpora.own_gifs import write_own_gifs_csv
-
     folder = Path(folder)
     tables = []
     for split, scenes, questions in _splits(seed, train, test):
@@ -626,8 +625,6 @@ def write_own_gifs(folder: Path, seed: int, train: int, test: int) -> Path:
 
 def load(profile, folder: Path) -> Corpus:
     """Writes the profile's world under `folder` (once) and reads it back as any TGIF-QA copy is read."""
-    from helpers.corpora import tgif_qa
-
     world = profile.shapes
     gifs = write_tgif_qa(Path(folder), world.seed, world.train, world.test)
     return tgif_qa.load(Path(folder), gifs=gifs)

@@ -19,11 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from helpers.corpora import (
-    MULTIPLE_CHOICE,
+from helpers.corpora.schema import (
     SPLITS,
-    TASKS,
-    TYPES,
     Corpus,
     CorpusError,
     RowError,
@@ -32,6 +29,7 @@ from helpers.corpora import (
     reject_table,
     require_questions,
 )
+from helpers.corpora.tasks import MULTIPLE_CHOICE, TASKS, TYPES
 
 OPTIONS = ["a1", "a2", "a3", "a4", "a5"]
 COLUMNS = {

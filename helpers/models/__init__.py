@@ -2,6 +2,9 @@
 
 import logging
 
+from transformers.utils.logging import disable_progress_bar
+
 # On import bitsandbytes looks for a CPU kernel on the hub and warns when the package `kernels` is absent. That kernel
 # is lossy and not wanted.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+disable_progress_bar()  # "Loading weights" takes a moment, and its bar stands at 0 % in a notebook that was saved

@@ -12,12 +12,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import XCLIPModel
 
-from helpers.workspace import find_model
+from helpers.workspace.weights import find_model
+
+
+def encoder_identity(xclip: XCLIPModel) -> dict[str, Any]:
+    """What tells a video encoder from others, whatever folder or precision it was loaded from."""
+    vision = xclip.config.vision_config
+    return {
+        "architecture": f"x_clip, {vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.num_frames} frames"
+        f" of {vision.image_size} px in patches of {vision.patch_size}, projection {xclip.config.projection_dim}",
+        "weights": xclip.visual_projection.weight.flatten()[:64].float().tolist(),
+    }
+
 
 CONTRACT_VERSION = 2  # raise when the embeddings of the same frames would differ
 MASKED = -30000.0  # added to the attention score of a masked key
@@ -48,7 +60,7 @@ def weights_digest(module: nn.Module) -> str:
 def load_xclip(model_id: str, revision: str | None = None) -> XCLIPModel:
     """Load a stock `XCLIPModel` (fp32, evaluation mode); `model_id` is a hub id, a `tiny/...` asset or a folder.
 
-    Raises: `helpers.workspace.ModelNotFound` when the weights are nowhere to be had.
+    Raises: `helpers.workspace.weights.ModelNotFound` when the weights are nowhere to be had.
     """
     folder = find_model(model_id, revision)
     model = XCLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention_implementation())

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 import helpers
 from helpers.assets import make_tiny_science
 from helpers.corpora.diagrams import VALUES
-from helpers.models.adem_vl import letter_tokens
+from helpers.models.adem_vl.sequences import letter_tokens
 
 TINY = Path(helpers.__file__).parent / "assets" / "tiny"
 BAR = 0.95

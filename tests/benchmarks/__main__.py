@@ -16,8 +16,9 @@ from typing import Any
 
 import pandas as pd
 
-from helpers.stage import write_json
-from helpers.workspace import machine, runs_root
+from helpers.workspace import write_json
+from helpers.workspace.machine import machine
+from helpers.workspace.place import runs_root
 
 COMPARE = {"<=": operator.le, ">=": operator.ge}
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from helpers.models.adem_vl import AdemVL, AdemVLConfig, _Visual
-from helpers.step_cost import KEPT, kept_bytes, seconds, step_cost
+from helpers.models.adem_vl.config import AdemVLConfig
+from helpers.models.adem_vl.model import AdemVL, _Visual
+from helpers.sweeps.step_cost import KEPT, kept_bytes, seconds, step_cost
 
 ROUNDS = 5
 # A training step of the paper in its own shapes, but for the number of blocks: 2 rows of ScienceQA's usual length

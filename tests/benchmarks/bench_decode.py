@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from helpers import gifs
+from helpers.gifs.decode import decode
 
 WIDTH, HEIGHT, FRAMES, FILES, ROUNDS = 320, 240, 40, 3, 15
 
@@ -54,8 +54,8 @@ def compare(files: list[bytes], rounds: int) -> dict:
     ours, theirs = [], []
     for number in range(rounds + 1):
         for data in files:
-            last = gifs.decode(data, image_size=224).frame_indices[-1]
-            pair = _seconds(gifs.decode, data, image_size=224), _seconds(bare, data, last)
+            last = decode(data, image_size=224).frame_indices[-1]
+            pair = _seconds(decode, data, image_size=224), _seconds(bare, data, last)
             if number:  # the first round only warms up
                 ours.append(pair[0])
                 theirs.append(pair[1])

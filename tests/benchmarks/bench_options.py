@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, XCLIPConfig, XCLIPModel
 
 from helpers.config import load_profile
-from helpers.models.gif_qa import GifQAModel
+from helpers.models.gif_qa.model import GifQAModel
 from tests.conftest import save_tiny_tokenizer
 
 HIDDEN, LAYERS, ROUNDS = 512, 4, 7

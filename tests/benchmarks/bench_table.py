@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from helpers.store import FeatureTable, feature_schema, upsert_features
+from helpers.store.features import FeatureTable, feature_schema, upsert_features
 
 GIFS, FRAMES, DIM, BATCH = 512, 48, 512, 32
 HIDDEN, LAYERS, TEXT_TOKENS = 512, 4, 13

@@ -21,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, XCLIPConfig, XCLIPModel
 from transformers.models.videomae import VideoMAEImageProcessorPil
 
-from helpers import gifs
 from helpers.config import load_profile
-from helpers.models.gif_qa import GifQAModel
+from helpers.gifs.decode import decode
+from helpers.models.gif_qa.model import GifQAModel
 from helpers.models.xclip import FrameEncoder, load_xclip
-from helpers.training import BatchPlan, Collator, QADataset, parameter_groups, plan_batches, train
+from helpers.training.gif_qa import Collator, QADataset, parameter_groups, plan_batches, train
+from helpers.training.plan import BatchPlan
 from tests.benchmarks.bench_decode import make_gif
 from tests.conftest import save_tiny_tokenizer
 
@@ -254,7 +255,7 @@ def online_step(model, optimizer, rows, files, xclip, processor) -> None:
 @torch.no_grad()
 def encode_once(encoder: FrameEncoder, files: list[bytes]) -> np.ndarray:
     """The suite's one pass over distinct GIFs: decode, crop and encode; [GIFs, 16, D] fp16."""
-    frames = [torch.from_numpy(gifs.decode(data, image_size=encoder.image_size).frames) for data in files]
+    frames = [torch.from_numpy(decode(data, image_size=encoder.image_size).frames) for data in files]
     full = torch.full((1,), 16)
     return torch.cat([encoder(f[None], full) for f in frames]).half().numpy()
 

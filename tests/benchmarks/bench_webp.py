@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from helpers.config import load_profile
 from helpers.corpora.shapes import make_world, write_gif
-from helpers.gifs import decode, decode_frames, encode_frames
+from helpers.gifs.decode import decode, decode_frames, encode_frames
 from helpers.models.xclip import FrameEncoder, load_xclip
 
 

@@ -22,14 +22,14 @@ import pandas as pd
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, XCLIPConfig, XCLIPModel
 
-from helpers import step_cost
 from helpers.config import load_profile
-from helpers.models.adem_vl import AdemVL
-from helpers.models.gif_qa import GifQAModel
+from helpers.models.adem_vl.model import AdemVL
+from helpers.models.gif_qa.model import GifQAModel
 from helpers.models.xclip import FrameEncoder, load_xclip
-from helpers.stage import write_json
-from helpers.training import train
-from helpers.workspace import compute_dtype, device, free_memory, machine, package_versions
+from helpers.sweeps import step_cost
+from helpers.training.gif_qa import train
+from helpers.workspace import write_json
+from helpers.workspace.machine import compute_dtype, device, free_memory, machine, package_versions
 from tests.benchmarks.bench_training import Embeddings
 from tests.conftest import save_tiny_tokenizer
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, XCLIPConfig, XCLIPModel
 
-from helpers import step_cost
-from helpers.models.adem_vl import AdemVL, AdemVLConfig
+from helpers.models.adem_vl.config import AdemVLConfig
+from helpers.models.adem_vl.model import AdemVL
+from helpers.sweeps import step_cost
 from tests.benchmarks import full_size
 
 

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from helpers import corpora
-from helpers.corpora import CorpusError, own_gifs
+from helpers.corpora import own_gifs
+from helpers.corpora.schema import CorpusError
 
 HEADER = "gif,task,question,answer,options"
 

@@ -8,7 +8,8 @@ import zipfile
 import pytest
 from PIL import Image
 
-from helpers.corpora import CorpusError, scienceqa
+from helpers.corpora import scienceqa
+from helpers.corpora.schema import CorpusError
 from helpers.corpora.scienceqa import PromptStyle, prompt, protocol, target
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from helpers.corpora import shapes, tgif_qa
 from helpers.corpora.own_gifs import load as load_own_gifs
-from helpers.gifs import sample_indices
+from helpers.gifs.decode import sample_indices
 
 
 @pytest.fixture(scope="module")

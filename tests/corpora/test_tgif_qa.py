@@ -5,8 +5,10 @@ import zipfile
 import pandas as pd
 import pytest
 
-from helpers import corpora
-from helpers.corpora import CorpusError, drop_leaked, question_form, tgif_qa
+from helpers.corpora import tgif_qa
+from helpers.corpora.loading import drop_leaked
+from helpers.corpora.schema import QUESTION_COLUMNS, CorpusError
+from helpers.corpora.tasks import question_form
 
 ACTION = "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\tvid_id\tkey"
 COUNT = "gif_name\tquestion\tanswer\tvid_id\tkey"
@@ -61,7 +63,7 @@ def by_id(corpus):
 def test_every_format_becomes_one_table(folder):
     corpus = tgif_qa.load(folder)
     assert corpus.name == "tgif_qa" and corpus.gifs == {} and corpus.rejects.empty
-    assert list(corpus.questions.columns) == corpora.QUESTION_COLUMNS
+    assert list(corpus.questions.columns) == QUESTION_COLUMNS
     rows = by_id(corpus)
     assert rows.index.is_unique and len(rows) == 10
     assert rows.loc["ACTION2-train"].to_dict() == {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from helpers.models.gif_qa import GifQAModel
+from helpers.models.gif_qa.model import GifQAModel
 
 
 @pytest.fixture(scope="session")

@@ -26,16 +26,9 @@ from transformers import (
 )
 
 from helpers.models import adem_vl
-from helpers.models.adem_vl import (
-    NORMALISATION,
-    AdemVL,
-    AdemVLConfig,
-    AdemVLError,
-    PromptTooLong,
-    collate,
-    encode,
-    fit_scales,
-)
+from helpers.models.adem_vl.config import AdemVLConfig, AdemVLError, fit_scales
+from helpers.models.adem_vl.model import AdemVL
+from helpers.models.adem_vl.sequences import NORMALISATION, PromptTooLong, collate, encode
 
 WIDTH, DIM, LAYERS, GRID = 24, 32, 3, 4
 SCALES = (16, 4)
@@ -353,7 +346,7 @@ def test_fusion_is_a_constant_mask_to_the_gradient():
 def recorded(monkeypatch):
     """The scores behind adaptive fusion, block by block, of everything that runs."""
     found, fuse = [], adem_vl.fuse
-    monkeypatch.setattr(adem_vl, "fuse", lambda *args: found.append(fuse(*args).detach().clone()) or found[-1])
+    monkeypatch.setattr(adem_vl.model, "fuse", lambda *args: found.append(fuse(*args).detach().clone()) or found[-1])
     return found
 
 
@@ -422,7 +415,7 @@ def attended(model, training, rows=400):
     visual = [torch.randn(1, 20, DIM, generator=generator, dtype=torch.double).expand(rows, -1, -1) for _ in range(2)]
     query = torch.randn(1, 2, DIM, generator=generator, dtype=torch.double).expand(rows, -1, -1)
     torch.manual_seed(0)
-    with torch.no_grad(), model.train(training)._seeing(adem_vl._Visual(*visual, None, None)):
+    with torch.no_grad(), model.train(training)._seeing(adem_vl.model._Visual(*visual, None, None)):
         return model._attend(0, query)
 
 

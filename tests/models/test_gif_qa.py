@@ -13,8 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, XCLIPModel
 
 import helpers.models.gif_qa as gif_qa
-from helpers.gifs import GifRejected
-from helpers.models.gif_qa import BundleError, GifQA, GifQAModel, load_bundle, load_language_model
+from helpers.gifs.decode import GifRejected
+from helpers.models.gif_qa.ask import GifQA
+from helpers.models.gif_qa.bundle import load_bundle
+from helpers.models.gif_qa.model import GifQAModel
+from helpers.models.language import load_language_model
+from helpers.models.parts import BundleError
 from helpers.models.xclip import FrameEncoder
 
 QUESTIONS = ["what color is the circle ?", "how many times does the square jump ?", "who ?"]
@@ -289,7 +293,7 @@ CANDIDATES = [["red", "blue", "a small green star", "", "red"], ["1", "10"], ["i
 @pytest.mark.parametrize("tokens_a_row", [512, 6])  # 6: candidates spread over several rows
 @torch.no_grad()
 def test_shared_prefix_scores_equal_one_prompt_per_option(model, monkeypatch, tokens_a_row):
-    monkeypatch.setattr(gif_qa, "CANDIDATE_TOKENS", tokens_a_row)
+    monkeypatch.setattr(gif_qa.model, "CANDIDATE_TOKENS", tokens_a_row)
     frames, lengths = features()
     scores = model.score(prompts(model), CANDIDATES, frames.numpy(), lengths.numpy())
     for prompt, texts, video, length, ours in zip(prompts(model), CANDIDATES, frames, lengths, scores, strict=True):
@@ -325,7 +329,7 @@ def test_best_answer_goes_on_while_a_bound_allows_it(llama, monkeypatch):
     def fake(prompts, candidates, video):
         return [np.array([[costs[tuple(c)], 0.0] for c in tokens]) for tokens in candidates]
 
-    monkeypatch.setattr(llama, "_score", fake)
+    monkeypatch.setattr(llama, "score_tokens", fake)
     assert llama.best_answer(prompts(llama), vocabulary, frames, lengths) == [last[0]] * 3
 
 
@@ -430,7 +434,7 @@ def test_interrupted_save_keeps_the_old_bundle(llama, tmp_path, monkeypatch, tin
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(gif_qa, "save_file", full_disk)
+    monkeypatch.setattr(gif_qa.model, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         llama.save_bundle(folder, {"metrics": {"run": 2}})
     assert gif_qa.read_bundle(folder)["metrics"] == {"run": 1}
@@ -527,7 +531,7 @@ def test_options_are_answered_by_their_scores(qa):
 
 def test_frame_embeddings_are_the_cached_ones(qa, tiny_xclip_dir):
     """What 02 caches: groups of 16, the last one padded and masked, in fp16."""
-    from helpers.gifs import decode
+    from helpers.gifs.decode import decode
 
     frames, _ = qa.encode(make_gif(19))
     decoded = torch.from_numpy(decode(make_gif(19), image_size=32, groups=[3]).frames)
@@ -587,7 +591,7 @@ def test_relevance_of_frames_in_one_batch_equals_one_at_a_time(qa):
         mask = torch.ones(1, 18, dtype=torch.bool)
         mask[0, hidden] = False
         with torch.no_grad():
-            scores = qa.model._score(prompt, tokens, (frames[None].float(), mask))[0][:, 0]
+            scores = qa.model.score_tokens(prompt, tokens, (frames[None].float(), mask))[0][:, 0]
         without = (scores - np.logaddexp.reduce(scores))[OPTIONS.index(answer.text)]
         assert answer.relevance[hidden] == pytest.approx(math.log(answer.confidence) - without, abs=1e-4)
         assert answer.hidden[hidden] == OPTIONS[int(scores.argmax())]

@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw
 
 from helpers.config import load_profile
 from helpers.corpora import own_gifs
-from helpers.demo import SHIPPED_BUNDLE
-from helpers.models.gif_qa import GifQA, GifQAModel
-from helpers.workspace import repo_root
+from helpers.demo.found import SHIPPED_BUNDLE
+from helpers.models.gif_qa.ask import GifQA
+from helpers.models.gif_qa.model import GifQAModel
+from helpers.workspace.place import repo_root
 
 ROOT = repo_root()
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

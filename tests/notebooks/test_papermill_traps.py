@@ -7,7 +7,7 @@ import nbformat
 import papermill
 import pytest
 
-from helpers.stage import write_json
+from helpers.workspace.disk import write_json
 
 
 def test_unknown_parameter_is_refused_before_any_kernel(suite, capsys):
@@ -46,7 +46,7 @@ def test_killed_kernel_is_a_failure_although_papermill_marks_its_cells_completed
     suite.notebook("one", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "stage.finish({})")
     assert suite.run() == 1
     error = capsys.readouterr().err
-    assert "one: the kernel died (out of memory?) in cell [4]: import os, signal" in error
+    assert "one: the kernel died (out of memory?) in cell [3]: import os, signal" in error
     cells = nbformat.read(suite.runs / "tiny" / "one" / "one.ipynb", 4).cells
     assert cells[-1].metadata.papermill.status == "completed"  # the trap itself: this cell never ran
     assert suite.manifest("one") is None
@@ -71,7 +71,7 @@ def test_exception_is_told_with_notebook_cell_and_error(suite, capsys):
     suite.notebook("two", "stage.finish({})", inputs=["one"])
     assert suite.run() == 1
     error = capsys.readouterr().err
-    assert "one, cell [5]: total = 1 / 0" in error and "ZeroDivisionError: division by zero" in error
+    assert "one, cell [4]: total = 1 / 0" in error and "ZeroDivisionError: division by zero" in error
     assert "\x1b" not in error
     assert suite.manifest("two") is None
 

@@ -14,9 +14,10 @@ from nbformat.v4 import new_code_cell, new_output
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from helpers.stage import load_suite
-from helpers.suite import README_MARKS, notebook_table, read_parameters
-from helpers.workspace import repo_root
+from helpers.runner.commands import README_MARKS, notebook_table
+from helpers.runner.plan import read_parameters
+from helpers.stage.suite import load_suite
+from helpers.workspace.place import repo_root
 
 ROOT = repo_root()
 SUITE = load_suite(ROOT / "notebooks" / "suite.yaml")
@@ -45,8 +46,7 @@ if not clones:
     ZipFile(wheels[0]).extractall(root)
 sys.path.insert(0, str(root))
 
-from helpers.install import install_missing
-from helpers.workspace import set_up
+from helpers.install import install_missing, set_up
 
 install_missing(wheels[0].parent if wheels else "")
 set_up()"""

@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from helpers.workspace import repo_root
+from helpers.workspace.place import repo_root
 
 SMALL = ["-p", "training.epochs", "0.5", "-p", "evaluation.bootstrap", "50", "-p", "data.workers", "1"]
 SMALL += ["-p", "adem.world_train", "64", "-p", "adem.world_test", "30", "-p", "adem.epochs", "1"]

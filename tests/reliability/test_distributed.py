@@ -10,15 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import distributed, workspace
-from helpers import stage as stages
+from helpers import install
 from helpers.corpora import shapes
-from helpers.models.gif_qa import GifQAModel
+from helpers.models.gif_qa.model import GifQAModel
 from helpers.models.xclip import FrameEncoder, load_xclip
-from helpers.stage import Stage
-from helpers.store import FeatureTable, StoreError, _copies, cache_features, shard_gifs
-from helpers.training import TrainingError, hold_out, train, trainable
-from helpers.workspace import repo_root
+from helpers.stage import lock
+from helpers.stage.notebook import Stage
+from helpers.store.encoding import _copies, cache_features
+from helpers.store.features import FeatureTable
+from helpers.store.shards import shard_gifs
+from helpers.store.tables import StoreError
+from helpers.training import WORKER, collective, processes
+from helpers.training.checkpoints import trainable
+from helpers.training.collective import TrainingError
+from helpers.training.gif_qa import hold_out, train
+from helpers.workspace.place import repo_root
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def test_the_blind_twin_in_four_bits(tmp_path, world, make_profile):
 
 
 def test_a_process_that_fails_is_told_with_its_reason(tmp_path, world, make_profile, monkeypatch):
-    monkeypatch.setattr(distributed, "TAIL", 60)
+    monkeypatch.setattr(processes, "TAIL", 60)
     profile = settings(make_profile, training__gpus=2, training__learning_rate_lora=1e30)
     with pytest.raises(TrainingError, match=r"(?s)process failed.*the loss became"):
         run(world, profile, tmp_path)
@@ -96,7 +102,7 @@ def test_nothing_outlives_the_notebook_that_started_it():
     """A process whose parent is gone ends by itself."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    code = f"from helpers.distributed import _end_with; _end_with({gone.pid})"
+    code = f"from helpers.training.worker import _end_with; _end_with({gone.pid})"
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root(), timeout=60).returncode == 1
 
 
@@ -104,7 +110,7 @@ def test_more_gpus_than_there_are_are_refused(tmp_path, world, make_profile, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(TrainingError, match=r"training\.gpus is 2, but this machine has 1"):
-        distributed.train_in_processes(2, world[0][0], "f", make_profile(), tmp_path, video=True)
+        processes.train_in_processes(2, WORKER, world[0][0], "f", make_profile(), tmp_path, video=True)
 
 
 @pytest.fixture
@@ -113,12 +119,12 @@ def two_t4s(monkeypatch, tmp_path):
 
     Returns a function that sets up and does what imports do: bitsandbytes asks for the GPUs.
     """
-    for name in ("CUDA_VISIBLE_DEVICES", workspace.SHOWN, "HF_HOME"):
+    for name in ("CUDA_VISIBLE_DEVICES", install.SHOWN, "HF_HOME"):
         monkeypatch.setenv(name, "")  # so that what set_up sets is undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path / "runs"))
-    monkeypatch.setattr(workspace, "share_secrets", list)
+    monkeypatch.setattr(install, "share_secrets", list)
     seen = []
 
     def device_count():
@@ -128,15 +134,15 @@ def two_t4s(monkeypatch, tmp_path):
     def begin(overrides):
         monkeypatch.setattr(sys.modules["__main__"], "profile", "tiny", raising=False)
         monkeypatch.setattr(sys.modules["__main__"], "overrides", overrides, raising=False)
-        workspace.set_up()
+        install.set_up()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: device_count() > 0)
         monkeypatch.setattr(torch.cuda, "device_count", device_count)
         torch.cuda.is_available()
         return Stage("02_feature_caching", profile="tiny", overrides=overrides).profile
 
     yield begin
-    for path in list(stages._held):
-        stages.release_lock(path)
+    for path in list(lock._held):
+        lock.release_lock(path)
 
 
 class OnGpu:
@@ -162,9 +168,9 @@ def test_a_notebook_that_asks_for_two_gpus_gets_them_for_encoding_and_for_traini
             started.append(env)
             super().__init__(["true"], env=env, **options)
 
-    monkeypatch.setattr(distributed.subprocess, "Popen", Processes)
+    monkeypatch.setattr(subprocess, "Popen", Processes)
     count = profile.training.gpus
-    distributed.train_in_processes(count, pd.DataFrame({"a": [1]}), "f", profile, tmp_path / "work", video=True)
+    processes.train_in_processes(count, WORKER, pd.DataFrame({"a": [1]}), "f", profile, tmp_path / "work", video=True)
     assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["0,1"]
 
 
@@ -177,7 +183,7 @@ def test_a_notebook_that_asks_for_nothing_sees_one_gpu(two_t4s):
 
 def test_gpus_that_an_earlier_notebook_set_are_not_taken_for_the_users_choice(two_t4s, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setenv(workspace.SHOWN, "0")  # inherited: a notebook's set-up cell ran, then !./run_all.sh
+    monkeypatch.setenv(install.SHOWN, "0")  # inherited: a notebook's set-up cell ran, then !./run_all.sh
     two_t4s({"training.gpus": 2})
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
@@ -191,9 +197,9 @@ def test_shares_make_the_mean_over_processes_that_over_all_tokens(monkeypatch, a
     losses = [[float(10 * row + token) for token in range(count)] for row, count in enumerate(answers)]
     weighted = []
     for rank in range(2):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(distributed, "world", lambda: 2)
-        batch = distributed.Shared(lambda rows: {"rows": list(rows)}, lambda row: answers[row])(range(len(answers)))
+        monkeypatch.setattr(collective, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collective, "world", lambda: 2)
+        batch = collective.Shared(lambda rows: {"rows": list(rows)}, lambda row: answers[row])(range(len(answers)))
         own = [loss for row in batch["rows"] for loss in losses[row]]
         weighted.append(batch["share"] * sum(own) / len(own))
     every = [loss for row in losses for loss in row]

@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers import store
 from helpers.config import DataConfig
-from helpers.corpora import Corpus, question_row, question_table, reject_table
-from helpers.store import FeatureTable
+from helpers.corpora.schema import Corpus, question_row, question_table, reject_table
+from helpers.store import encoding, shards
+from helpers.store.encoding import cache_features
+from helpers.store.features import FeatureTable
+from helpers.store.shards import shard_gifs
 
 KILLS = 5
 # Processes are forked from one that has done the imports and opened no table, so that each starts at once.
@@ -66,17 +68,17 @@ def shard(ready: Connection, gifs: Path, folder: Path, workers: int) -> None:
         for name in names
     ]
     corpus = Corpus("own", question_table(rows), {name: str(gifs / name) for name in names}, reject_table([]))
-    store.BATCH_GIFS = 2
+    shards.BATCH_GIFS = 2
     ready.send("begin")
-    store.shard_gifs(corpus, folder, data_config(workers))
+    shard_gifs(corpus, folder, data_config(workers))
 
 
 def cache(ready: Connection, frames: Path, folder: Path, workers: int) -> None:
     torch.set_num_threads(1)
-    store.BATCH_GIFS = 2
+    encoding.BATCH_GIFS = 2
     encoder = Encoder()
     ready.send("begin")
-    store.cache_features(frames, folder / "features.lance", encoder, data_config(workers), batch_groups=3)
+    cache_features(frames, folder / "features.lance", encoder, data_config(workers), batch_groups=3)
 
 
 def start(work: Callable, *arguments: object):

@@ -1,0 +1,9 @@
+"""What trained models say to a table of questions; `predict` is GIF question answering's."""
+
+from helpers.answers.tgif_qa import predict, save_predictions, token_batches
+
+__all__ = [
+    "predict",
+    "save_predictions",
+    "token_batches",
+]

@@ -1,0 +1,225 @@
+"""Answers of a trained model to a table of questions about GIFs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from helpers.corpora.tasks import COUNTS, MULTIPLE_CHOICE, TASKS, expected_count, round_count, softmax
+from helpers.scoring.baselines import shuffle_gifs
+from helpers.stage.pace import PACE_FILE, DeadlineReached, probe_steps
+from helpers.workspace.disk import whole, write_json
+
+if TYPE_CHECKING:
+    from helpers.config import EvaluationConfig
+    from helpers.models.gif_qa.model import GifQAModel
+    from helpers.store.features import FeatureTable
+
+
+CHUNK = 2000  # questions whose answers are kept together: what a killed run repeats at most
+RESULT_COLUMNS = ["prediction", "scores", "confidence", "prediction_per_token", "prediction_vocabulary"]
+
+
+def predict(
+    model: GifQAModel,
+    questions: pd.DataFrame,
+    features: FeatureTable,
+    config: EvaluationConfig,
+    *,
+    groups: int,
+    vocabulary: Sequence[str] | None = None,
+    shuffle_seed: int | None = None,
+    cache: Path | None = None,
+    description: str = "scoring",
+    deadline: float = math.inf,
+    passes: int = 1,
+) -> pd.DataFrame:
+    """Answer every question with `model`, looking at `groups` groups of 16 frames of its GIF.
+
+    Action and transition: every option is scored as a whole answer (terminator included); the highest sum wins.
+    Count: the answers "1".."10" are scored; the prediction is the rounded, clipped expectation. FrameQA: open-ended
+    generation, and with `vocabulary` the most likely of its words as a second answer.
+
+    Args:
+        model: a `GifQAModel`; one with `video=False` never sees the GIF.
+        questions: QA table with `gif_sha256`.
+        features: a `FeatureTable`.
+        config: the profile's evaluation section (`batch_tokens`, `options_in_prompt`, `num_beams`).
+        shuffle_seed: if given, every question is asked about another GIF (see `shuffle_gifs`); a question without a
+            partner gets no prediction.
+        cache: folder that keeps the answers of every `CHUNK` questions, so that a killed run goes on there. The
+            caller names the folder after everything that the answers depend on.
+        deadline: seconds from now after which no more batches are answered.
+        passes: how often the caller has these questions answered, each time with a folder beside `cache`. Each task's
+            pace, and what is left of all passes, are noted beside these folders after every chunk.
+
+    Raises:
+        stage.pace.DeadlineReached: the time was up, or the runner only measures the pace and a chunk of each task was
+            answered; the chunks that were done are kept in `cache`.
+
+    Returns:
+        one row a question, in the order of `questions`: question_id, seen_gif_sha256 and `RESULT_COLUMNS`. `scores`
+        are the summed log-probabilities of the candidates: the options, the numbers 1 to 10, or for FrameQA the
+        generated answer; `confidence` is the probability that the model gives its own prediction.
+    """
+    ends, measured = time.monotonic() + deadline, 0
+    questions = questions.reset_index(drop=True)
+    seen = questions["gif_sha256"] if shuffle_seed is None else shuffle_gifs(questions, shuffle_seed)["gif_sha256"]
+    asked = questions.assign(seen_gif_sha256=seen)
+    parts = []
+    for task in TASKS:
+        rows = asked[(asked["task"] == task) & asked["seen_gif_sha256"].notna()]
+        if rows.empty:
+            continue
+        for start in range(0, len(rows), CHUNK):
+            chunk, began = rows[start : start + CHUNK], time.monotonic()
+            part = cache / f"{task}-{start}.parquet" if cache is not None else None
+            answers = _finished(part, chunk)
+            if answers is None:
+                told = f"{description}: {task}" + (f" from {start:,}" if len(rows) > CHUNK else "")
+                answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends)
+                if part is not None:
+                    save_predictions(answers, part)
+                    _note_pace(cache.parent, task, len(chunk), time.monotonic() - began, questions["task"], passes)
+                    measured += len(chunk)
+            parts.append(answers)
+            if measured and math.isfinite(probe_steps()):
+                break
+    if measured and math.isfinite(probe_steps()):
+        raise DeadlineReached(f"the pace of {description} is measured: {measured:,} answers are kept")
+    columns = ["question_id", "seen_gif_sha256", *RESULT_COLUMNS]
+    answers = pd.concat(parts) if parts else pd.DataFrame(columns=columns)
+    return asked[["question_id"]].merge(answers[columns], on="question_id", how="left", validate="one_to_one")
+
+
+def _note_pace(folder: Path, task: str, done: int, seconds: float, tasks: pd.Series, passes: int) -> None:
+    """Write the newest pace of each task, and how many answers of it are still to be given in all passes."""
+    file = folder / PACE_FILE
+    noted = {pace["unit"]: pace for pace in json.loads(file.read_text())} if file.is_file() else {}
+    noted[f"{task} answers"] = {"done": done, "seconds": seconds}
+    paces = []
+    for name, count in tasks.value_counts().items():
+        kept = sum(pq.read_metadata(part).num_rows for part in folder.glob(f"*/{name}-*.parquet"))
+        unit = f"{name} answers"
+        pace = noted.get(unit, {"done": 0, "seconds": 0.0})
+        paces.append(pace | {"unit": unit, "left": max(0, passes * int(count) - kept)})
+    write_json(file, paces)
+
+
+def _finished(part: Path | None, rows: pd.DataFrame) -> pd.DataFrame | None:
+    """Answers of an earlier run, or None if there are none or they are of other questions or GIFs."""
+    if part is None or not part.is_file():
+        return None
+    answers = pd.read_parquet(part)
+    same = all(answers[name].tolist() == rows[name].tolist() for name in ("question_id", "seen_gif_sha256"))
+    return answers if same else None
+
+
+def _predict_task(
+    model: GifQAModel,
+    rows: pd.DataFrame,
+    features: FeatureTable,
+    config: EvaluationConfig,
+    groups: int,
+    vocabulary: Sequence[str] | None,
+    description: str,
+    ends: float,
+) -> pd.DataFrame:
+    task = rows["task"].iloc[0]
+    gifs = rows["seen_gif_sha256"].tolist()
+    options = [list(options) for options in rows["options"]]
+    shown = options if config.options_in_prompt and task in MULTIPLE_CHOICE else [None] * len(rows)
+    prompts = [model.encode_prompt(question, choice) for question, choice in zip(rows["question"], shown, strict=True)]
+    candidates = options if task in MULTIPLE_CHOICE else [list(COUNTS)] * len(rows) if task == "count" else None
+    tokens = {text: len(model.encode_answer(text)) for texts in candidates or [] for text in texts}
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if candidates is not None:
+        lengths = lengths + [sum(tokens[text] for text in texts) for texts in candidates]
+    if model.video:
+        lengths = lengths + features.lengths(gifs, groups)
+    results: dict[int, dict] = {}
+    with tqdm(total=len(rows), desc=description, unit="question") as progress:
+        for batch in token_batches(lengths, config.batch_tokens):
+            if time.monotonic() > ends:
+                raise DeadlineReached(f"time is up in {description}: what was answered before it is kept")
+            video = features.fetch([gifs[i] for i in batch], groups) if model.video else (None, None)
+            batch_prompts = [prompts[i] for i in batch]
+            if candidates is None:
+                answers = _answer_openly(model, batch_prompts, video, config.num_beams, vocabulary)
+            else:
+                texts = [candidates[i] for i in batch]
+                answers = map(_choose, model.score(batch_prompts, texts, *video), texts, [task] * len(batch))
+            results.update(zip(batch, answers, strict=True))
+            progress.update(len(batch))
+    answers = pd.DataFrame([results[i] for i in range(len(rows))], columns=RESULT_COLUMNS)
+    return pd.concat([rows[["question_id", "seen_gif_sha256"]].reset_index(drop=True), answers], axis=1)
+
+
+def _choose(scores: np.ndarray, texts: Sequence[str], task: str) -> dict[str, Any]:
+    """The chosen candidate of one question from its scores [K, 2] (summed, per token)."""
+    summed, per_token = np.asarray(scores, dtype=np.float64).T
+    probabilities = softmax(summed)
+    if task == "count":
+        index = round_count(expected_count(summed)) - 1
+        second = None
+    else:
+        index = int(np.argmax(summed))
+        second = texts[int(np.argmax(per_token))]
+    return {
+        "prediction": texts[index],
+        "scores": summed.tolist(),
+        "confidence": float(probabilities[index]),
+        "prediction_per_token": second,
+    }
+
+
+def _answer_openly(
+    model: GifQAModel,
+    prompts: Sequence[Sequence[int]],
+    video: tuple[np.ndarray | None, np.ndarray | None],
+    num_beams: int,
+    vocabulary: Sequence[str] | None,
+) -> list[dict[str, Any]]:
+    generated = model.generate(prompts, *video, num_beams=num_beams)
+    closed = model.best_answer(prompts, list(vocabulary), *video) if vocabulary else [None] * len(prompts)
+    scores = model.score(prompts, [[text] for text in generated], *video)
+    return [
+        {
+            "prediction": text,
+            "scores": [float(s[0, 0])],
+            "confidence": float(np.exp(s[0, 0])),
+            "prediction_vocabulary": word,
+        }
+        for text, word, s in zip(generated, closed, scores, strict=True)
+    ]
+
+
+def token_batches(lengths: np.ndarray, budget: int) -> list[list[int]]:
+    """Positions of `lengths` (tokens) in batches of like length, longest first, each at most `budget` padded tokens.
+
+    A row that is longer than the budget makes a batch of its own.
+    """
+    batches: list[list[int]] = []
+    widest = 0
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        if batches and (len(batches[-1]) + 1) * widest <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+            widest = int(lengths[i])
+    return batches
+
+
+def save_predictions(predictions: pd.DataFrame, path: Path) -> None:
+    """Write a predictions table as parquet by atomic rename."""
+    with whole(path) as temporary:
+        predictions.to_parquet(temporary, index=False)

@@ -1,0 +1,109 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, question_form
+
+SPLITS = ("train", "test")
+QUESTION_COLUMNS = ["question_id", "gif", "split", "task", "question", "options", "answer", "label", "type"]
+REJECT_COLUMNS = ["item", "where", "reason"]
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be loaded at all: what is wrong, in which file, and what to do."""
+
+
+class RowError(ValueError):
+    """One question that cannot be used; its message is the reason in the table of rejects."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Questions, and where the GIFs they ask about are found."""
+
+    name: str
+    questions: pd.DataFrame
+    """One row a question: `QUESTION_COLUMNS`."""
+    gifs: dict[str, str]
+    """GIF name -> local path, "archive.zip::member", or http(s) URL. Empty if only the text was asked for."""
+    rejects: pd.DataFrame
+    """What was left out: `item` (a GIF, a file or a question), `where` (file and row), `reason`."""
+
+
+def question_row(
+    *,
+    question_id: str,
+    gif: str,
+    split: str,
+    task: str,
+    question: str,
+    answer: str,
+    options: Sequence[str] = (),
+    type: str = "",
+) -> dict[str, Any]:
+    """One checked row of the question table; `answer` is a 0-based option index, an integer count, or a word.
+
+    Raises `RowError` with the reason if the question cannot be used.
+    """
+    if task not in TASKS:
+        raise RowError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+    if not question:
+        raise RowError("the question is empty")
+    options, label = list(options), -1
+    if task in MULTIPLE_CHOICE:
+        label = _integer(answer, "the answer of a multiple-choice question is a 0-based option index")
+        if len(options) < 2 or "" in options:
+            raise RowError(f"{task} needs two or more options, none of them empty; found {options}")
+        if not 0 <= label < len(options):
+            raise RowError(
+                f"option index {label} is out of range: the {len(options)} options are 0 to {len(options) - 1}"
+            )
+        answer = options[label]
+    elif task == "count":
+        label = _integer(answer, "a count is an integer")
+        if not 0 <= label <= MAX_COUNT:
+            raise RowError(f"the count {label} is outside 0 to {MAX_COUNT} (0 is the code for once)")
+        answer = str(label)
+    elif not answer:
+        raise RowError("the answer is empty")
+    if task == "frameqa":
+        type = type or question_form(question)
+        if type not in TYPES:
+            raise RowError(f"unknown type {type!r}; the types are {', '.join(TYPES)}")
+    values = (question_id, gif, split, task, question, options, answer, label, type if task == "frameqa" else "")
+    return dict(zip(QUESTION_COLUMNS, values, strict=True))
+
+
+def _integer(text: str, rule: str) -> int:
+    # int() alone would also take "1_0", " 1" and other scripts' digits
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
+        raise RowError(f"{rule}; found {text!r}")
+    return int(text)
+
+
+def question_table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The question table of these rows, with all columns even if there are no rows."""
+    return pd.DataFrame(list(rows), columns=QUESTION_COLUMNS).astype({"label": "int64"})
+
+
+def reject_table(rows: Iterable[tuple[str, str, str]]) -> pd.DataFrame:
+    """The table of rejects of (item, where, reason) tuples."""
+    return pd.DataFrame(list(rows), columns=REJECT_COLUMNS)
+
+
+def require_questions(questions: Sequence[Any], rejects: Sequence[tuple[str, str, str]], source: str | Path) -> None:
+    """Raise `CorpusError` if no question is left, quoting the commonest reasons."""
+    if questions:
+        return
+    reasons = pd.Series([reason for _, _, reason in rejects], dtype=str).value_counts().head(3)
+    first = f" The first was {rejects[0][0]!r} ({rejects[0][1]})." if rejects else ""
+    listed = "; ".join(f"{reason} ({number} times)" for reason, number in reasons.items())
+    raise CorpusError(f"No usable question is left of {source}. Reasons: {listed or 'there are no rows'}.{first}")

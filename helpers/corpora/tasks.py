@@ -1,0 +1,71 @@
+"""The tasks of TGIF-QA, and the rules that go with their questions and answers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+TASKS = ("count", "action", "transition", "frameqa")
+MULTIPLE_CHOICE = ("action", "transition")
+TYPES = ("object", "number", "color", "location")  # in the order of TGIF-QA's type codes 0 to 3
+MAX_COUNT = 10
+
+COLOR_FORM = re.compile(r"(of |in )?(what|which)( is| are| was| were)?( the)? colou?rs?\b")
+
+
+def question_form(question: str) -> str:
+    """The FrameQA type that a question's wording asks for, one of `TYPES`.
+
+    TGIF-QA generated each type from one template ("how many", "what is the color", "where", else an object), so that
+    the wording gives the annotated type of all 13,691 test questions.
+    """
+    text = question.strip().lower()
+    if text.startswith("how many"):
+        return "number"
+    if COLOR_FORM.match(text):
+        return "color"
+    return "location" if text.startswith("where") else "object"
+
+
+COUNTS = tuple(str(number) for number in range(1, MAX_COUNT + 1))
+
+
+def expected_count(scores: np.ndarray) -> float:
+    """Expectation of the model's own distribution over the numbers 1 to 10: softmax of ten summed log-probabilities."""
+    return float(np.dot(softmax(scores), np.arange(1, MAX_COUNT + 1)))
+
+
+def round_count(value: float) -> int:
+    """Nearest whole number (halves go up, as in HCRN's floor(x + 0.5)), clipped to 1..10."""
+    return int(np.clip(np.floor(value + 0.5), 1, MAX_COUNT))
+
+
+def question_key(question: str) -> str:
+    """Question text for comparing: lower case, single spaces, no question mark at the end."""
+    return " ".join(question.lower().rstrip("? ").split())
+
+
+def answer_key(row: Any) -> str:
+    """Answer for comparing; a count's codes 0 and 1 are the same answer."""
+    return str(max(int(row.label), 1)) if row.task == "count" else bare(row.answer)
+
+
+def bare(text: str) -> str:
+    return str(text).strip().lower()
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(np.asarray(scores, dtype=np.float64) - np.max(scores))
+    return weights / weights.sum()
+
+
+def target_answer(task: str, answer: str, label: int) -> str:
+    """Text that a question is trained on: TGIF-QA's count code 0 ("once") is the number 1, all else is the answer."""
+    return str(max(int(label), 1)) if task == "count" else answer
+
+
+def asks_for_count(question: str) -> bool:
+    """Whether a question is TGIF-QA's repetition count by its wording."""
+    return question.strip().lower().startswith("how many times")

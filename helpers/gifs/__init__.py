@@ -1,0 +1,1 @@
+"""From a GIF's address to its frames: fetching and decoding."""

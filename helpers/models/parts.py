@@ -1,0 +1,79 @@
+"""What every model shares: strict tensors, telling base models apart, and answering without a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+IGNORED = -100  # label of a token without loss, the convention of torch's cross entropy
+SHOWN_FAULTS = 8
+
+
+class BundleError(ValueError):
+    """A bundle that does not fit: files, tensors, or the models that it was trained on."""
+
+
+def tensor_faults(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Say how tensors differ from the expected ones, in name, shape or kind of number; "" if they do not."""
+    faults = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]
+    faults += [f"not expected: {name}" for name in sorted(given.keys() - expected.keys())]
+    for name in sorted(expected.keys() & given.keys()):
+        if given[name].shape != expected[name].shape:
+            faults.append(f"{name} is {list(given[name].shape)}, expected {list(expected[name].shape)}")
+        elif expected[name].is_floating_point() and not given[name].is_floating_point():
+            faults.append(f"{name} is {given[name].dtype}, expected floating-point numbers")
+    more = f" and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+    return "; ".join(faults[:SHOWN_FAULTS]) + more
+
+
+def load_strictly(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read a safetensors file that must hold exactly the expected names and shapes, or raise BundleError."""
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; a bundle holds it, copy the whole folder")
+    tensors = load_file(path)
+    if faults := tensor_faults(tensors, expected):
+        raise BundleError(f"{path} does not fit this model: {faults}")
+    return tensors
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: detached, on the CPU, contiguous."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def same_base(ours: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether two identities are of one base model: all is equal, but for the precision of the weights' sample."""
+    if any(ours[key] != given[key] for key in ours if key != "weights"):
+        return False
+    # bfloat16 keeps 8 bits: a model loaded in another precision is still the same model
+    return np.allclose(ours["weights"], given["weights"], rtol=2**-8, atol=1e-6)
+
+
+def require_same_base(ours: dict[str, Any], given: dict[str, Any], what: str, name: str, given_name: str) -> None:
+    """Raise BundleError, naming both, unless the given base model is the one that the bundle was trained on."""
+    if same_base(ours, given):
+        return
+    detail = "other weights or another tokenizer" if ours["architecture"] == given["architecture"] else ""
+    raise BundleError(
+        f"this bundle was trained on the {what} {name} ({ours['architecture']}); it does not fit {given_name} "
+        f"({detail or given['architecture']}). Give the model that it was trained on, or train a bundle for this one."
+    )
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Run what is inside in evaluation mode and without gradients; the model is left in the mode in which it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)

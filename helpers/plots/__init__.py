@@ -1,0 +1,61 @@
+"""Figures: one look, titles, labelled axes with units. Every function returns a closed figure."""
+
+from helpers.plots.answers import answer_overview, asked_gif, gallery
+from helpers.plots.look import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    STYLE,
+    image_tag,
+    new_figure,
+    percent_text,
+    require_rows,
+    save_figure,
+)
+from helpers.plots.stages import features_overview, frames_overview, loss_curve
+from helpers.plots.tgif_qa import (
+    TASK_COLORS,
+    TASK_LABELS,
+    VARIANT_COLORS,
+    VARIANT_LABELS,
+    accuracy_by_length,
+    accuracy_by_type,
+    groups_comparison,
+    reliability,
+    scores_with_baselines,
+)
+
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "PURPLE",
+    "RED",
+    "SKY",
+    "STYLE",
+    "TASK_COLORS",
+    "TASK_LABELS",
+    "VARIANT_COLORS",
+    "VARIANT_LABELS",
+    "accuracy_by_length",
+    "accuracy_by_type",
+    "answer_overview",
+    "asked_gif",
+    "features_overview",
+    "frames_overview",
+    "gallery",
+    "groups_comparison",
+    "image_tag",
+    "loss_curve",
+    "new_figure",
+    "percent_text",
+    "reliability",
+    "require_rows",
+    "save_figure",
+    "scores_with_baselines",
+]

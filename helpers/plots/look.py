@@ -1,0 +1,65 @@
+"""One look for all figures: colours that colour-blind readers can tell apart, sizes, files, and pictures in HTML."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sized
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (2008): told apart with every common form of colour blindness.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#7F7F7F",
+)
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 130,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "legend.frameon": False,
+}
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes as a [rows, columns] array; closed, so that a notebook shows it only once."""
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+    plt.close(figure)
+    return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write `figure` as PNG to `path`, making its folder, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=STYLE["savefig.dpi"])
+    return path
+
+
+def require_rows(table: Sized, what: str) -> None:
+    if not len(table):
+        raise ValueError(f"nothing to draw: the table has no {what}")
+
+
+def percent_text(share: float) -> str:
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"  # a title is not broken between the two
+
+
+def image_tag(data: bytes, alt: str, kind: str = "gif", style: str = "") -> str:
+    """An img element that carries its own data; animated GIFs play. kind: of the file; style: CSS class."""
+    named = f' class="{style}"' if style else ""
+    return f'<img{named} alt="{html.escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

@@ -1,0 +1,500 @@
+"""`run_all.sh kaggle`: the suite's stages as Kaggle notebooks, pushed in order, watched, fetched, and resumed.
+
+Each stage is one Kaggle notebook that attaches the outputs of the stages that it reads, and the helpers as a data set.
+Kaggle attaches the newest run without an error, whatever version is asked for; so every stage's manifest is compared
+with what was asked of it. A GPU session is only started within the week's GPU-hours. What is known of a run lies in
+runs/<run>/kaggle.json, written before and after each step, so that `resume` goes on wherever this program, the network
+or a session ended.
+"""
+
+import contextlib
+import math
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from helpers.config import ConfigError
+from helpers.runner import quota
+from helpers.runner.kaggle import site as kaggle_site
+from helpers.runner.kaggle.push import (
+    HELPERS,
+    build_helpers,
+    dataset_metadata,
+    kernel_id,
+    kernel_metadata,
+    slug,
+    work_seconds,
+    write_kernel,
+)
+from helpers.runner.kaggle.site import NOT_VALID, UNDER_WAY, Site
+from helpers.runner.outcome import DONE, Failed, Paused
+from helpers.runner.plan import RunPlan
+from helpers.runner.quota.ledger import BEAT_SECONDS
+from helpers.stage import attached
+from helpers.stage.lock import hold_lock, release_lock
+from helpers.stage.manifest import check_outputs, differences, read_manifest, settings_differences, stage_settings
+from helpers.stage.suite import StageError, StageSpec
+from helpers.workspace.disk import folder_bytes, put_in_place, require_disk, write_json
+from helpers.workspace.place import runs_root
+
+CARD = "Tesla T4"  # what the driver calls one of them
+MEASURED_FROM, MEASURING_SECONDS = 3600.0, 3600.0  # stages longer than this, and the session that measures their pace
+PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for, or their run died
+FEW_FILES = 20  # these are fetched without a progress bar
+FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
+NO_HOURS = re.compile(r"\b(GPU|accelerator) quota\b", re.IGNORECASE)  # Maximum weekly GPU quota of 30.00 hours reached
+ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": "cancelled"}
+
+
+class Remote:
+    """One run of the suite on Kaggle, as runs/<run>/kaggle.json knows it."""
+
+    def __init__(self, plan: RunPlan, state: dict[str, Any], site: Site) -> None:
+        self.plan, self.state, self.site = plan, state, site
+        self.told: set[str] = set()  # what was said about the week's GPU-hours
+        self.noted: dict[str, float] = {}  # when each running session was last noted in the ledger
+        if state.setdefault("owner", self.site.owner) != self.site.owner:
+            raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
+        for spec in plan.specs:
+            entry = {"status": "waiting", "kernel": kernel_id(self.site.owner, plan.run, spec.name), "source": ""}
+            state.setdefault("stages", {}).setdefault(spec.name, entry)
+
+    def save(self) -> None:
+        """Write the state, whole or not at all."""
+        self.plan.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.plan.folder / "kaggle.json", self.state)
+
+    def note(self, spec: StageSpec, **values: Any) -> None:
+        """Change a stage's entry and save the state."""
+        self.state["stages"][spec.name] |= values
+        self.save()
+
+    def status(self, spec: StageSpec) -> str:
+        """Return waiting, pushing, running, complete, failed or cancelled."""
+        return self.state["stages"][spec.name]["status"]
+
+    # -- going on
+
+    def recover(self, anew: Sequence[StageSpec] = ()) -> None:
+        """Make what an earlier command left ready to go on: pushes without an answer, dead and refused runs.
+
+        anew: stages whose dead runs are not handed over. Raises DiskFull if one is too large to go through this
+        machine, Paused if a run that was started without its sources is still at work.
+        """
+        self._check_version()
+        self.save()
+        for spec in anew:
+            if self.status(spec) not in ("failed", "cancelled"):
+                raise ConfigError(f"--anew {spec.name}: it is {self.status(spec)}; only what died can begin anew")
+        for spec in self.plan.specs:
+            entry = self.state["stages"][spec.name]
+            if entry.get("stray"):
+                at_work = self.site.under_way(entry["kernel"])
+                if spec.gpu:
+                    self._meter(entry, time.time())
+                if at_work:
+                    raise Paused(f"{spec.name} still runs without what it needs. {self._how_to_stop(spec)}")
+                self.note(spec, stray=False)
+            if entry["status"] == "pushing":
+                if self.site.version(entry["kernel"]) > entry["before"]:
+                    self._confirm(spec, "")
+                else:
+                    self.note(spec, status="waiting")
+            elif entry["status"] in ("failed", "cancelled"):
+                if spec in anew:
+                    shutil.rmtree(self._fetched(spec), ignore_errors=True)
+                    entry.pop("manifest", None)
+                    self.note(spec, source="")
+                elif entry.get("ran"):
+                    self._hand_over(spec)
+                self.note(spec, status="waiting", ran=False)
+
+    def _check_version(self) -> None:
+        """Raise ConfigError if a stage was made by a version of the suite that made something else."""
+        for spec in self.plan.specs:
+            made = self.state["stages"][spec.name].get("manifest")
+            if made is not None:
+                now = {"contract": spec.contract, "inputs": sorted(spec.inputs)}
+                then = {"contract": made["settings"]["contract"], "inputs": sorted(made["settings"]["inputs"])}
+                if now != then:
+                    words = "\n  ".join(differences(then, now))
+                    raise ConfigError(
+                        f"{spec.name} of run {self.plan.run!r} was made by another version of the suite:\n  {words}\n"
+                        "Go on with that version, or push another run (--run NAME)"
+                    )
+
+    def _hand_over(self, spec: StageSpec) -> None:
+        """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run.
+
+        It goes through this machine. What was fetched stays here until it was sent, so that it is fetched once.
+        """
+        run, ref = self.plan.run, f"{self.site.owner}/{slug('gifqa', self.plan.run, spec.name[:2], 'work')}"
+        folder, data_set = self._fetched(spec), self._fetched(spec).with_name(f"{spec.name}-work")
+        shutil.rmtree(data_set, ignore_errors=True)
+        if self._stays_there(spec):
+            most, leave_out = spec.gigabytes[self.plan.profile.name], f"--anew {spec.name[:2]}"
+            print(
+                f"{spec.name}: up to {most:g} GB of the run that ended go through this machine, since Kaggle attaches "
+                f"nothing of it. `kaggle resume {leave_out}` drops them, and the stage begins anew",
+                flush=True,
+            )
+            here = folder_bytes(folder) / 1e9
+            room = round(max(2 * most - here, here), 1)  # for the files and for their archive
+            require_disk(self.plan.folder, room, f"Handing {spec.name} over, unless you resume with {leave_out},")
+        self._fetch(spec)
+        if attached.holds_work(folder):
+            attached.pack(run, spec.name, folder, data_set)
+            write_json(data_set / "dataset-metadata.json", dataset_metadata(ref))
+            print(f"{spec.name}: the work of the run that ended is handed over as {ref}", flush=True)
+            self.site.publish(data_set, ref)
+            self.note(spec, source=ref)
+            shutil.rmtree(data_set)
+        shutil.rmtree(folder)
+
+    def follow(self, deadline: float) -> int:
+        """Push what can be pushed and watch what runs until all is complete; returns the exit code.
+
+        Raises Failed for the first stage that fails and Paused when a run was cancelled, the deadline passed, or
+        nothing runs any more and the week's GPU-hours do not suffice for what is next.
+        """
+        self._publish_helpers()
+        self._say_week()
+        while True:
+            self.short = ""
+            for spec in self.plan.specs:
+                if self.status(spec) == "running":
+                    self._look(spec)
+                if self.status(spec) == "waiting" and all(
+                    self.status(other) == "complete" for other in self._before(spec)
+                ):
+                    self._push(spec)
+            if all(self.status(spec) == "complete" for spec in self.plan.specs):
+                return DONE
+            if self.short and not any(self.status(spec) == "running" for spec in self.plan.specs):
+                raise Paused(self.short)
+            if time.time() >= deadline:
+                raise Paused("still running on Kaggle")
+            time.sleep(kaggle_site.POLL_SECONDS)
+
+    # -- the week's GPU-hours
+
+    def _at_work(self) -> list[dict[str, Any]]:
+        """Return the entries of this account's GPU sessions that are under way, those of other runs among them."""
+        costly = {spec.name for spec in self.plan.suite.stages if spec.gpu}
+        others = {file.parent for file in runs_root().glob("*/kaggle.json")} - {self.plan.folder}
+        stages = [self.state["stages"], *map(quota.pushed, sorted(others))]
+        entries = [entry for run in stages for name, entry in run.items() if name in costly]
+        mine = [entry for entry in entries if entry["kernel"].startswith(f"{self.site.owner}/")]
+        return [
+            entry
+            for entry in mine
+            if entry["status"] == "pushing"  # whose answer may have been lost
+            # another command may have left its run long ago, without seeing its end
+            or (quota.begun(entry) and self.site.under_way(entry["kernel"]))
+        ]
+
+    def _meter(self, entry: dict[str, Any], ended: float | None = None) -> str:
+        """Note a GPU session's age in the ledger, now and then while it runs, or when it `ended`; returns its name."""
+        name, now = quota.session_on_kaggle(entry), time.time()
+        if ended is not None or now - self.noted.get(name, -math.inf) >= BEAT_SECONDS:
+            seconds = min(max(0.0, (ended or now) - entry["began"]), entry["seconds"])
+            quota.open_ledger().note(name, "kaggle", seconds, entry["began"] + seconds)
+            self.noted[name] = now
+        return name
+
+    def _budget(self) -> quota.Budget:
+        """Return the week's budget, with all that running sessions may still use taken as used; prints it once."""
+        entries = self._at_work()
+        running = {self._meter(entry) for entry in entries if entry["status"] != "pushing"}
+        default = self.plan.suite.weekly_hours
+        found = quota.read_budget(self.plan.weekly_hours, default, self.site.account, running)
+        for line in (f"Quota: {found.sentence()}", *(f"  Warning: {warning}" for warning in found.warnings)):
+            self._say_once(line, line)
+        held = sum(max(0.0, entry["began"] + entry["seconds"] - time.time()) for entry in entries)
+        return replace(found, used=found.used + held)
+
+    def _forecast(self, spec: StageSpec) -> quota.Forecast:
+        """Forecast what a stage will still take on Kaggle's GPUs."""
+        return quota.forecast(spec, self.plan.profile, self.plan.folder, self.plan.copies(spec), {CARD})
+
+    def _to_measure(self, spec: StageSpec) -> bool:
+        """Whether a stage that would take long, as nobody has measured, gets a short session for its first steps."""
+        guess = quota.from_minutes(spec, self.plan.profile)
+        return spec.probe and guess.seconds >= MEASURED_FROM and self._forecast(spec) == guess
+
+    def _say_week(self) -> None:
+        """Print what the GPU stages that are left will take, beside what is left of the week."""
+        costly = [spec for spec in self.plan.specs if spec.gpu and self.status(spec) != "complete"]
+        if costly:
+            found, forecasts = self._budget(), [self._forecast(spec) for spec in costly]
+            print(quota.forecast_table(forecasts).to_string(index=False))
+            print(quota.outlook(forecasts, found, time.time()), flush=True)
+
+    def _affordable(self, spec: StageSpec) -> float:
+        """Return how many seconds a GPU stage's session may last; 0 if the week has too little left, told in `short`.
+
+        Hours that running sessions may still use are not given away a second time.
+        """
+        now, found, forecast = time.time(), self._budget(), self._forecast(spec)
+        seconds = quota.deadline(found, now, now + self.state["seconds"]) - now
+        decision = quota.decide(forecast, now, now + work_seconds(seconds))
+        if not decision.start:
+            self.short = f"{spec.name} waits for GPU-hours. {decision.words}. {quota.outlook([forecast], found, now)}"
+            return 0.0
+        self._say_once(f"  {spec.name}, {forecast.source}", f"  {decision.words}")
+        return seconds
+
+    def _say_once(self, what: str, words: str) -> None:
+        """Print a line about `what`, however often it would be: a stage may wait for long, and be asked about again."""
+        if what not in self.told:
+            print(words, flush=True)
+            self.told.add(what)
+
+    # -- pushing and watching
+
+    def _before(self, spec: StageSpec) -> list[StageSpec]:
+        return [other for other in self.plan.specs if other.name in {*spec.inputs, *spec.kaggle_sources}]
+
+    def _publish_helpers(self) -> None:
+        if all(self.status(spec) in ("complete", "running") for spec in self.plan.specs):
+            return
+        ref, folder = f"{self.site.owner}/{HELPERS}", self.plan.folder / "kaggle" / "helpers"
+        digest = build_helpers(folder, ref, self.plan.suite.kaggle_wheels if self.state["wheels"] else ())
+        if self.state.get("helpers") != digest:
+            print(f"Helpers: {ref}", flush=True)
+            self.site.publish(folder, ref)
+            self.state["helpers"] = digest
+            self.save()
+
+    def _metadata(self, spec: StageSpec) -> dict[str, Any]:
+        """Return kernel-metadata.json with the sources that the stage's state asks for."""
+        source = self.state["stages"][spec.name]["source"]
+        data_sets = [*self.state["attach"]] if spec.data else []
+        data_sets += [source] if "/" in source else []
+        return kernel_metadata(self.plan, spec, self.site.owner, data_sets, own_output=source == "own")
+
+    def _push(self, spec: StageSpec) -> None:
+        """Push one stage; raises Failed if Kaggle refuses it or attaches other sources than it was given."""
+        entry, folder = self.state["stages"][spec.name], self.plan.folder / "kaggle" / spec.name
+        before = self.site.version(entry["kernel"])
+        with alone_in(runs_root() / ".kaggle.lock", "the week's account", patience=kaggle_site.READY_SECONDS):
+            seconds = self._affordable(spec) if spec.gpu else self.state["seconds"]
+            if not seconds:
+                return
+            measure = spec.gpu and self._to_measure(spec)
+            if measure:
+                seconds = min(seconds, MEASURING_SECONDS)
+                line = f"  {spec.name}: a short session measures its pace first; what it does is kept"
+                self._say_once(line, line)
+            self.note(spec, status="pushing", before=before, began=time.time(), seconds=seconds)
+        write_kernel(folder, self.plan, spec, self._metadata(spec), seconds, measure)
+        refusal = self.site.push(folder, seconds, entry["kernel"], before)
+        if FULL.search(refusal):
+            if entry.get("message") != refusal:
+                print(f"{spec.name} waits: {refusal}", flush=True)
+            self.note(spec, status="waiting", message=refusal)
+            return
+        if spec.gpu and NO_HOURS.search(refusal):
+            self.note(spec, status="waiting", message=refusal)
+            self.short = f"{spec.name} was not pushed: {refusal}"
+            return
+        self._confirm(spec, refusal)
+
+    def _confirm(self, spec: StageSpec, refusal: str) -> None:
+        """Compare a push with what Kaggle made of it: with sources that are not valid it runs the rest nevertheless."""
+        entry = self.state["stages"][spec.name]
+        accepted = not refusal or refusal.startswith(NOT_VALID)  # then the rest of it runs
+        arrived = self._arrived(entry["kernel"], entry["before"], patient=accepted)
+        lacks = _lacking(self._metadata(spec), arrived) if arrived else []
+        if refusal or lacks:
+            reason = refusal or f"Kaggle did not attach {', '.join(lacks)}"
+            self.note(spec, status="failed", message=reason, ran=False)
+            if arrived:  # it runs nevertheless
+                self.note(spec, version=arrived.current_version_number, stray=True)
+                reason += f". {self._how_to_stop(spec)}"
+            raise Failed(f"{spec.name} was not pushed as asked: {reason}")
+        self.note(spec, status="running", version=arrived.current_version_number, message="", ran=True)
+        print(f"{spec.name}: pushed, version {entry['version']} of {entry['kernel']}", flush=True)
+
+    def _how_to_stop(self, spec: StageSpec) -> str:
+        entry = self.state["stages"][spec.name]
+        return f"Stop version {entry['version']} at https://www.kaggle.com/code/{entry['kernel']}, then resume"
+
+    def _arrived(self, ref: str, before: int, patient: bool) -> Any:
+        """Return a pushed notebook as Kaggle has it; without it the state of the version before would be taken for it.
+
+        Raises Paused if `patient` waiting was in vain.
+        """
+        until = time.monotonic() + kaggle_site.READY_SECONDS
+        while True:
+            found = self.site.kernel(ref)
+            if found and (found.current_version_number or 0) > before:
+                return found
+            if not patient:
+                return None
+            if time.monotonic() > until:
+                raise Paused(f"{ref}: the version that was pushed does not show up on Kaggle")
+            time.sleep(kaggle_site.POLL_SECONDS)
+
+    def _look(self, spec: StageSpec) -> None:
+        """Ask how a run stands, and take over what it made when it ended."""
+        entry = self.state["stages"][spec.name]
+        status, message = self.site.status(entry["kernel"])
+        if status in UNDER_WAY:
+            if spec.gpu:
+                self._meter(entry)
+            return
+        if status not in ENDED:
+            raise Failed(f"{spec.name}: Kaggle tells an unknown status {status!r}")
+        outcome = ENDED[status]
+        self.note(spec, message=message)
+        if outcome == "complete":
+            self._take(spec)
+            return
+        if spec.gpu:
+            self._meter(entry, time.time())
+        self.note(spec, status=outcome)
+        if outcome == "cancelled":
+            raise Paused(f"{spec.name} was cancelled on Kaggle, at its time limit or by hand")
+        tail = "\n".join(self.site.log(entry["kernel"]).rstrip().splitlines()[-20:])
+        raise Failed(f"{spec.name} failed on Kaggle: {message or 'no reason given'}\n{tail}")
+
+    def _take(self, spec: StageSpec) -> None:
+        """Check the manifest of a run that ended without an error, and fetch its files."""
+        entry = self.state["stages"][spec.name]
+        try:
+            manifest = self._manifest(spec)
+        except Failed as error:
+            if spec.gpu:
+                self._meter(entry, time.time())
+            self.note(spec, status="failed", message=str(error), ran=False)  # nothing of it is handed over
+            raise
+        if spec.gpu:  # Kaggle's clock against this one's, but never less than it has worked
+            worked = manifest["seconds"] - entry.get("manifest", {"seconds": 0.0})["seconds"]
+            self._meter(entry, max(datetime.fromisoformat(manifest["finished"]).timestamp(), entry["began"] + worked))
+        if manifest["status"] == "partial":
+            cut = entry["seconds"] < self.state["seconds"] - 1  # to what was left of the week
+            if entry.get("manifest", {}).get("metrics") == manifest["metrics"] and not cut:
+                self.note(spec, status="failed", message="no progress", ran=False)
+                raise Failed(f"{spec.name} made no progress in a whole session: give it longer (--session HOURS)")
+            print(f"{spec.name}: partly done, it goes on in another session", flush=True)
+            self.note(spec, status="waiting", source="own", manifest=manifest)
+            return
+        self.note(spec, manifest=manifest)
+        if not self._stays_there(spec):
+            self.pull(spec)
+        self.note(spec, status="complete", source="")
+        print(f"{spec.name}: complete in {manifest['seconds']:.0f} s", flush=True)
+
+    # -- files
+
+    def _stays_there(self, spec: StageSpec) -> bool:
+        return spec.gigabytes.get(self.plan.profile.name, 0.0) > PULLED_GIGABYTES
+
+    def _names(self, spec: StageSpec) -> dict[str, str]:
+        """Return the files of the stage's folder among a run's outputs: relative name and address."""
+        prefix = f"runs/{self.plan.run}/{spec.name}/"
+        files = self.site.outputs(self.state["stages"][spec.name]["kernel"])
+        return {name[len(prefix) :]: url for name, url in files.items() if name.startswith(prefix)}
+
+    def _fetched(self, spec: StageSpec) -> Path:
+        """Return the folder for files of the stage's newest run on their way."""
+        return self.plan.folder / "kaggle" / f"{spec.name}-{self.state['stages'][spec.name].get('version', 0)}"
+
+    def _fetch(self, spec: StageSpec) -> Path:
+        """Fetch the stage's files of its newest run and return their folder; files that are there are not fetched."""
+        folder = self._fetched(spec)
+        for other in {*folder.parent.glob(f"{spec.name}-*")} - {folder}:
+            shutil.rmtree(other)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = self._names(spec)
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise Failed(f"{spec.name} left a file that would leave its folder: {name!r}")
+        wanted = [name for name in files if PurePosixPath(name).name != ".lock" and not (folder / name).is_file()]
+        for name in tqdm(wanted, desc=f"fetching {spec.name}", unit="file", disable=len(wanted) < FEW_FILES):
+            self.site.download(files[name], folder / name)
+        return folder
+
+    def _manifest(self, spec: StageSpec) -> dict[str, Any]:
+        """Fetch and check a stage's manifest: is it of this stage, these settings and these inputs?"""
+        url = self._names(spec).get("stage.json")
+        if url is None:
+            raise Failed(f"{spec.name} ended on Kaggle without finishing its stage: it left no stage.json")
+        with tempfile.TemporaryDirectory() as scratch:
+            self.site.download(url, Path(scratch) / "stage.json")
+            manifest = read_manifest(Path(scratch))
+        wanted = self._settings(spec)
+        lacks = settings_differences({key: manifest["settings"].get(key) for key in wanted}, wanted)
+        if manifest["name"] != spec.name or manifest["status"] not in ("complete", "partial") or lacks:
+            raise Failed(
+                f"{spec.name} was run on Kaggle with other settings or inputs than this run's:\n  " + "\n  ".join(lacks)
+            )
+        return manifest
+
+    def _settings(self, spec: StageSpec) -> dict[str, Any]:
+        """Return what a manifest must say; parameters may name files that are only on Kaggle, and are left out."""
+        settings = stage_settings(spec, self.plan.profile, {}, self.plan.folder)
+        inputs = {name: self.state["stages"][name]["manifest"]["digest"] for name in spec.inputs}
+        return {"contract": settings["contract"], "profile": settings["profile"], "inputs": inputs}
+
+    def pull(self, spec: StageSpec) -> Path:
+        """Fetch a stage's files into runs/<run>/<stage>, checked against its manifest before they are put there.
+
+        Raises StageError if another result of the stage lies there, Failed if what came is not what was made.
+        """
+        folder, wanted = self.plan.folder / spec.name, self.state["stages"][spec.name]["manifest"]
+        there = read_manifest(folder)
+        if there is not None and there["digest"] == wanted["digest"]:
+            return folder
+        if folder.exists():
+            raise StageError(f"{folder} holds another result of {spec.name}: move it away, or use --run NAME")
+        scratch = self._fetch(spec)
+        try:
+            manifest = check_outputs(scratch)
+        except StageError as error:
+            shutil.rmtree(scratch)
+            raise Failed(f"{spec.name} did not come whole from Kaggle: {error}") from error
+        if manifest["digest"] != wanted["digest"]:
+            shutil.rmtree(scratch)
+            raise Failed(f"{spec.name} was run again on Kaggle since: resume this run")
+        put_in_place(scratch, folder)
+        return folder
+
+
+def _lacking(wanted: dict[str, Any], found: Any) -> list[str]:
+    """Name every source and setting that a pushed notebook should have and, as Kaggle tells, has not."""
+    lacks = []
+    kinds = {
+        "dataset": found.dataset_data_sources,
+        "kernel": found.kernel_data_sources,
+        "model": found.model_data_sources,
+    }
+    for kind, names in kinds.items():
+        there = {name.lower() for name in names or []}
+        lacks += [
+            f"the {kind} {name}"
+            for name in wanted[f"{kind}_sources"]
+            if not any(other == name.lower() or other.startswith(f"{name.lower()}/") for other in there)
+        ]
+    if wanted["enable_gpu"] and found.machine_shape and found.machine_shape != wanted["machine_shape"]:
+        lacks.append(f"the GPU {wanted['machine_shape']}")
+    return lacks
+
+
+@contextlib.contextmanager
+def alone_in(lock: Path, what: str, patience: float = 0.0) -> Iterator[None]:
+    hold_lock(lock, what, patience)
+    try:
+        yield
+    finally:
+        release_lock(lock)

@@ -1,0 +1,158 @@
+"""The report of a run: one HTML file with scores, figures, settings and environment, readable without network."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from helpers.config import Profile
+from helpers.plots.look import image_tag
+from helpers.runner import overview
+from helpers.stage.manifest import find_stage, read_manifest
+from helpers.stage.suite import Suite
+from helpers.workspace.disk import whole
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; border: 0; margin: 1rem 0; overflow-x: auto;
+  display: block; width: fit-content; max-width: 100%; }
+th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
+h1, h2, h3 { line-height: 1.2; }
+"""
+
+
+def score_tables(suite: Suite, run_folder: Path) -> dict[str, pd.DataFrame]:
+    """Return the scores of a run by title: one row a measure, one column a way of answering; nothing unmeasured.
+
+    Which metrics of which stage these are, suite.yaml says.
+    """
+    tables = {}
+    for spec in suite.stages:
+        manifest = read_manifest(find_stage(run_folder, spec.name)) if spec.scores else None
+        if not manifest:
+            continue
+        metrics = manifest["metrics"]
+        rows = {
+            label: {column: metrics.get(prefix + name) for prefix, column in spec.scores.columns.items()}
+            for name, label in spec.scores.rows.items()
+            if metrics.get(name) is not None
+        }
+        if rows:
+            tables[spec.scores.title] = (
+                pd.DataFrame.from_dict(rows, orient="index").astype(float).dropna(axis=1, how="all")
+            )
+    return tables
+
+
+def print_scores(suite: Suite, run_folder: Path) -> None:
+    """Print the scores of a run, if there are any."""
+    for title, table in score_tables(suite, run_folder).items():
+        print(f"\n{title}\n{table.to_string(na_rep='-', float_format=lambda value: f'{value:.3f}')}")
+    print()
+
+
+def _text(value: Any) -> str:
+    """Escape a value for HTML; numbers get four significant digits."""
+    return html.escape("-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    rows = (f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in values.items())
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _figures(notebook: Path) -> list[str]:
+    """Return the pictures and tables of an executed notebook as HTML, each under the heading that stands before it.
+
+    A stage that came without its notebook, as from Kaggle, shows the figures that it saved.
+    """
+    parts, heading = [], ""
+    if not notebook.is_file():
+        saved = sorted((notebook.parent / "figures").glob("*.png"))
+        return [image_tag(path.read_bytes(), path.stem.replace("_", " "), "png") for path in saved]
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            titles = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("## ")]
+            heading = titles[-1] if titles else heading
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            kind = next((kind for kind in ("image/png", "image/jpeg") if kind in data), None)
+            if kind:
+                parts.append((heading, image_tag(base64.b64decode(data[kind]), heading, kind.partition("/")[2])))
+            elif any(tag in data.get("text/html", "") for tag in ("<table", "<img")):
+                parts.append((heading, data["text/html"]))
+    shown, last = [], ""
+    for heading, part in parts:
+        if heading != last:
+            shown.append(f"<h3>{html.escape(heading)}</h3>")
+        last = heading
+        shown.append(part)
+    return shown
+
+
+def _state(profile: Profile, run_folder: Path) -> list[str]:
+    """How far the run is now, as HTML: notebook 00 itself was executed at the beginning."""
+    stages = overview.stage_table(profile, run_folder)
+    picture = io.BytesIO()
+    overview.plot_way(stages, profile.name).savefig(picture, format="png", bbox_inches="tight")
+    return [overview.readable(stages).to_html(), image_tag(picture.getvalue(), "the stages and their states", "png")]
+
+
+def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
+    """Write `report.html` into the run's folder and return its path.
+
+    Figures and tables are those of the executed notebooks, embedded, so that the one file can be sent to someone.
+    """
+    scores = score_tables(suite, run_folder)
+    stages = {}
+    for spec in suite.stages:
+        folder = find_stage(run_folder, spec.name)
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            stages[spec.name] = (spec, folder, manifest)
+    body = [f"<h1>GIF question answering: run {_text(run_folder.name)}</h1>"]
+    body.append(f"<p>Profile {_text(profile.name)}, corpus {_text(profile.data.corpus)}.</p><h2>Scores</h2>")
+    for title, table in scores.items():
+        body.append(f"<h3>{html.escape(title)}</h3>{table.to_html(float_format='%.3f', na_rep='-')}")
+    body.append(
+        "<p>Blind, text-only: the same model trained without the video or image. Shuffled: each replaced by another "
+        "one. Majority: the commonest answer. A model that looks stands well clear of all three.</p>"
+        if scores
+        else "<p>Not evaluated yet.</p>"
+    )
+    body.append("<h2>Stages</h2><table><tr><th>stage</th><th>status</th><th>seconds</th><th>finished</th></tr>")
+    for name, (_, folder, manifest) in stages.items():
+        link = f"{folder.name}/{name}.ipynb" if folder.parent == run_folder else f"../{folder.parent.name}/{name}"
+        cells = (manifest["status"], manifest["seconds"], manifest["finished"])
+        body.append(f'<tr><td><a href="{html.escape(link)}">{name}</a></td>')
+        body.append("".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    body.append("</table>")
+    for name, (spec, folder, manifest) in stages.items():
+        body.append(f"<h2>{html.escape(spec.title)}</h2><p>{html.escape(spec.about)}</p>")
+        body += _state(profile, run_folder) if spec.overview else _figures(folder / f"{name}.ipynb")
+        body.append(f"<details><summary>All metrics</summary>{_pairs(_flat(manifest['metrics']))}</details>")
+    body.append(f"<h2>Prompt</h2><pre>{html.escape(profile.language_model.prompt)}</pre>")
+    body.append(f"<h2>Profile</h2>{_pairs(_flat(profile.model_dump()))}")
+    if stages:
+        last = list(stages.values())[-1][2]
+        body.append(f"<h2>Environment</h2>{_pairs(last['machine'] | _flat(last['versions']))}")
+    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(run_folder.name)}</title>'
+    path = run_folder / "report.html"
+    with whole(path) as temporary:
+        text = f"{page}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>"
+        temporary.write_text(text, encoding="utf-8")
+    return path

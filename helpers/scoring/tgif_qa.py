@@ -1,0 +1,232 @@
+"""Answers for a table of questions, the metrics computed from them, baselines, intervals and calibration.
+
+`predict` asks a model; `join_variants` puts the answers of the model, of its blind twin, with shuffled GIFs and so on
+side by side, one row a question. Everything after that (`metrics`, `metric_table`, `breakdown`, `calibration`) reads
+that one table, so a saved predictions.parquet is enough to compute every score again.
+
+Conventions are those of TGIF-QA's official evaluator (github.com/YunseokJANG/tgif-qa) and stand in `CONVENTIONS`.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from helpers.corpora.tasks import MULTIPLE_CHOICE, TASKS, bare
+from helpers.scoring.intervals import bootstrap_interval
+from helpers.scoring.text import normalise_vqa
+
+CONVENTIONS = {
+    "frameqa_accuracy": "open-ended answer, exact match after lower-casing and stripping",
+    "frameqa_accuracy_normalised": "open-ended answer, exact match after VQA-style normalisation of both sides",
+    "frameqa_accuracy_vocabulary": "most likely of the training answers, exact match",
+    "action_accuracy": "option with the highest summed log-probability, terminator included",
+    "action_accuracy_per_token": "option with the highest log-probability per token, terminator included",
+    "transition_accuracy": "option with the highest summed log-probability, terminator included",
+    "transition_accuracy_per_token": "option with the highest log-probability per token, terminator included",
+    "count_mse": "mean squared error against max(label, 1) (lower is better)",
+    "count_mse_raw": "mean squared error against the raw label, 0 = once (lower is better)",
+    "count_accuracy": "predicted number equals max(label, 1)",
+}
+HEADLINE = ("frameqa_accuracy", "action_accuracy", "transition_accuracy", "count_mse")
+
+BASE_COLUMNS = [
+    "question_id",
+    "gif_sha256",
+    "gif",
+    "num_frames",
+    "task",
+    "type",
+    "question",
+    "options",
+    "answer",
+    "label",
+]
+
+
+def join_variants(questions: pd.DataFrame, variants: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row a question: `BASE_COLUMNS`, the columns of the variant 'main' as they are, all others prefixed.
+
+    The answers of variant 'blind' become blind_prediction, blind_scores, ...; a column that is empty throughout is
+    left out.
+    """
+    if "main" not in variants:
+        raise ValueError(f"no variant named 'main' among {sorted(variants)}")
+    if missing := [column for column in BASE_COLUMNS if column not in questions]:
+        raise ValueError(f"the questions lack {', '.join(missing)} (num_frames comes from the feature table)")
+    table = questions[BASE_COLUMNS].reset_index(drop=True)
+    for name, answers in variants.items():
+        answers = answers.dropna(axis=1, how="all") if name != "main" else answers
+        prefix = _prefix(name)
+        answers = answers.rename(columns={c: prefix + c for c in answers.columns if c != "question_id"})
+        table = table.merge(answers, on="question_id", how="left", validate="one_to_one")
+    return table
+
+
+def _prefix(variant: str) -> str:
+    return "" if variant == "main" else f"{variant}_"
+
+
+def variant_names(predictions: pd.DataFrame) -> list[str]:
+    """Names of the variants in a predictions table, 'main' first."""
+    return [
+        "main" if c == "prediction" else c.removesuffix("_prediction")
+        for c in predictions.columns
+        if c == "prediction" or c.endswith("_prediction")
+    ]
+
+
+def outcomes(predictions: pd.DataFrame, variant: str = "main") -> dict[str, pd.Series]:
+    """Per-question values of every metric of `CONVENTIONS`: 1 or 0 for accuracies, squared errors for MSE.
+
+    A metric is the mean of its series. Questions without a prediction and tasks without questions are left out.
+    """
+    prefix = _prefix(variant)
+    values: dict[str, pd.Series] = {}
+
+    def answered(task: str, column: str) -> pd.DataFrame:
+        if prefix + column not in predictions:
+            return predictions.iloc[:0].assign(text=[])
+        rows = predictions[(predictions["task"] == task) & predictions[prefix + column].notna()]
+        return rows.assign(text=rows[prefix + column].astype(str))
+
+    def match(name: str, task: str, column: str, clean) -> None:
+        rows = answered(task, column)
+        if len(rows):
+            values[name] = (rows["text"].map(clean) == rows["answer"].map(clean)).astype(float)
+
+    match("frameqa_accuracy", "frameqa", "prediction", bare)
+    match("frameqa_accuracy_normalised", "frameqa", "prediction", normalise_vqa)
+    match("frameqa_accuracy_vocabulary", "frameqa", "prediction_vocabulary", bare)
+    for task in MULTIPLE_CHOICE:
+        match(f"{task}_accuracy", task, "prediction", str)
+        match(f"{task}_accuracy_per_token", task, "prediction_per_token", str)
+    rows = answered("count", "prediction")
+    if len(rows):
+        number, label = rows["text"].astype(float), rows["label"].astype(float)
+        values["count_mse"] = (number - label.clip(lower=1)) ** 2
+        values["count_mse_raw"] = (number - label) ** 2
+        values["count_accuracy"] = (number == label.clip(lower=1)).astype(float)
+    return values
+
+
+def correctness(predictions: pd.DataFrame, variant: str = "main") -> pd.Series:
+    """Whether each answered question was answered right (count: the number exactly), as booleans."""
+    series = outcomes(predictions, variant)
+    right = [series[f"{task}_accuracy"] for task in TASKS if f"{task}_accuracy" in series]
+    return pd.concat(right).astype(bool).sort_index() if right else pd.Series(dtype=bool)
+
+
+def metrics(predictions: pd.DataFrame) -> dict[str, float]:
+    """Every metric of every variant under its plain name (main) or `<variant>_<name>`, and `<task>_ece` for main."""
+    values = {
+        _prefix(variant) + name: float(series.mean())
+        for variant in variant_names(predictions)
+        for name, series in outcomes(predictions, variant).items()
+    }
+    for task in TASKS:
+        rows = predictions[predictions["task"] == task]
+        if len(rows) and rows["confidence"].notna().any():
+            values[f"{task}_ece"] = expected_calibration_error(calibration(rows))
+    return values
+
+
+def metric_table(predictions: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """All metrics with 95 % bootstrap intervals by GIF.
+
+    Returns:
+        columns metric, variant, value, low, high, n (questions), gifs, convention.
+    """
+    rows = []
+    for variant in variant_names(predictions):
+        for name, series in outcomes(predictions, variant).items():
+            gifs = predictions.loc[series.index, "gif_sha256"]
+            low, high = bootstrap_interval(series, gifs, resamples, seed)
+            rows.append((name, variant, series.mean(), low, high, len(series), gifs.nunique(), CONVENTIONS[name]))
+    return pd.DataFrame(rows, columns=["metric", "variant", "value", "low", "high", "n", "gifs", "convention"])
+
+
+def difference_table(
+    predictions: pd.DataFrame, pairs: Iterable[tuple[str, str]], resamples: int, seed: int
+) -> pd.DataFrame:
+    """First variant minus second on the questions that both answered, headline metrics, paired bootstrap by GIF.
+
+    Returns:
+        columns metric, variants, difference, low, high, n, gifs.
+    """
+    rows = []
+    for first, second in pairs:
+        a, b = outcomes(predictions, first), outcomes(predictions, second)
+        for name in HEADLINE:
+            if name not in a or name not in b:
+                continue
+            series = (a[name] - b[name]).dropna()
+            gifs = predictions.loc[series.index, "gif_sha256"]
+            low, high = bootstrap_interval(series, gifs, resamples, seed)
+            rows.append((name, f"{first} - {second}", series.mean(), low, high, len(series), gifs.nunique()))
+    return pd.DataFrame(rows, columns=["metric", "variants", "difference", "low", "high", "n", "gifs"])
+
+
+def breakdown(
+    predictions: pd.DataFrame, by: pd.Series, resamples: int, seed: int, variants: Sequence[str] = ("main",)
+) -> pd.DataFrame:
+    """Headline metrics within each value of `by` (a series indexed as `predictions`), with intervals by GIF.
+
+    Returns:
+        columns metric, group, variant, value, low, high, n, gifs; groups in the order of a categorical, else sorted.
+    """
+    order = list(by.cat.categories) if isinstance(by.dtype, pd.CategoricalDtype) else sorted(by.dropna().unique())
+    rows = []
+    for variant in variants:
+        values = outcomes(predictions, variant)
+        for name in (name for name in HEADLINE if name in values):
+            for group in order:
+                series = values[name][by.loc[values[name].index] == group]
+                if series.empty:
+                    continue
+                gifs = predictions.loc[series.index, "gif_sha256"]
+                low, high = bootstrap_interval(series, gifs, resamples, seed)
+                rows.append((name, group, variant, series.mean(), low, high, len(series), gifs.nunique()))
+    return pd.DataFrame(rows, columns=["metric", "group", "variant", "value", "low", "high", "n", "gifs"])
+
+
+def length_bins(num_frames: pd.Series, edges: Sequence[int] = (16, 32, 48)) -> pd.Series:
+    """Ordered categories of GIF length in frames: '1-16', '17-32', '33-48', '49 or more' for the default edges."""
+    starts = [1, *(edge + 1 for edge in edges)]
+    labels = [f"{a}-{b}" for a, b in zip(starts, edges, strict=False)] + [f"{starts[-1]} or more"]
+    return pd.cut(num_frames, [0, *edges, np.inf], labels=labels)
+
+
+def calibration(predictions: pd.DataFrame, variant: str = "main", bins: int = 10) -> pd.DataFrame:
+    """Confidence against accuracy in equal-width bins (Guo et al. 2017, arXiv 1706.04599, section 2).
+
+    Returns:
+        one row a non-empty bin: low, high (right edge belongs to the bin), n, confidence (mean), accuracy.
+    """
+    right = correctness(predictions, variant)
+    confidence = predictions.loc[right.index, _prefix(variant) + "confidence"].astype(float)
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    rows = []
+    for b in np.unique(index):
+        chosen = index == b
+        rows.append((edges[b], edges[b + 1], chosen.sum(), confidence[chosen].mean(), right[chosen].mean()))
+    return pd.DataFrame(rows, columns=["low", "high", "n", "confidence", "accuracy"])
+
+
+def expected_calibration_error(table: pd.DataFrame) -> float:
+    """ECE = sum over bins of n_b / n * |accuracy_b - confidence_b| (Guo et al. 2017, equation 3)."""
+    return float((table["n"] * (table["accuracy"] - table["confidence"]).abs()).sum() / table["n"].sum())
+
+
+def gallery_examples(predictions: pd.DataFrame, each: int, seed: int) -> pd.DataFrame:
+    """Up to `each` right and `each` wrong answers of the model for every task, drawn at random.
+
+    Returns:
+        rows of `predictions` with the boolean column `right`, right answers of a task before its wrong ones.
+    """
+    right = correctness(predictions)
+    rows = predictions.loc[right.index].assign(right=right).sample(frac=1, random_state=seed)
+    rows = rows.groupby(["task", "right"], sort=False).head(each)
+    order = rows["task"].map(TASKS.index) * 2 + ~rows["right"]
+    return rows.loc[order.sort_values(kind="stable").index]

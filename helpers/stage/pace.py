@@ -1,0 +1,77 @@
+"""How fast a stage is, how long it may go on, and what that makes of what is left."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from helpers.stage.suite import StageError
+from helpers.workspace.disk import write_json
+from helpers.workspace.place import session_end
+
+
+class DeadlineReached(RuntimeError):
+    """Work that stopped because its time was up; the message tells what is kept. The same call goes on from there."""
+
+
+PACE_FILE = "pace.json"  # beside what a stage that is not done keeps: how fast it was, and what is left
+
+
+def probe_steps() -> float:
+    """Steps after which a stage is to stop and keep what it has, since the runner only measures its pace; else inf."""
+    return float(os.environ.get("SUITE_PROBE_STEPS") or math.inf)
+
+
+def deadline() -> float:
+    """Return the time (seconds since 1970) at which work is to be saved and stopped; inf if there is none.
+
+    It is the runner's; in a notebook that is run by hand it is the end of the platform's session.
+    """
+    text = os.environ.get("SUITE_DEADLINE", "")
+    try:
+        return float(text) if text else session_end()
+    except ValueError as error:
+        raise StageError(f"SUITE_DEADLINE must be seconds since 1970, found {text!r}") from error
+
+
+START_UP_SECONDS = 300.0  # of a stage: a new kernel, imports and models, before its first step
+
+
+def note_pace(folder: Path, unit: str, done: int, seconds: float, left: int, follow: Iterable[str] = ()) -> None:
+    """Write into `folder` how fast a unit of work was done (`done` in `seconds`), and how many are `left`.
+
+    Other units in the file stay. follow: units of as many pieces (`done` and `left` together) that come after it.
+    """
+    file = folder / PACE_FILE
+    paces = {pace["unit"]: pace for pace in json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+    paces[unit] = {"unit": unit, "done": done, "seconds": seconds, "left": left}
+    for name in follow:
+        paces.setdefault(name, {"unit": name, "done": 0, "seconds": 0.0, "left": done + left})
+    write_json(file, list(paces.values()))
+
+
+def own_pace(folder: Path) -> tuple[float, str] | None:
+    """Forecast the seconds that a stage still takes from the steps that it has done, in words too.
+
+    It reads the paces that the stage's work wrote, wherever in its folder: of a unit that several files tell of, the
+    newest counts. None without any, and where all of it is done: what comes after it is not measured.
+    """
+    files = [*folder.glob(PACE_FILE), *folder.glob(f"*/{PACE_FILE}"), *folder.glob(f"parts/*/{PACE_FILE}")]
+    paces: dict[str, dict[str, Any]] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+        for pace in json.loads(file.read_text(encoding="utf-8")):
+            if pace["done"] or pace["unit"] not in paces:
+                paces[pace["unit"]] = pace
+    known = {unit: pace["seconds"] / pace["done"] for unit, pace in paces.items() if pace["done"]}
+    if not known or not any(pace["left"] for pace in paces.values()):
+        return None
+    slowest = max(known.values())  # of a unit that has not begun no more is known
+    told = [
+        f"{pace['left']:,} {unit} at {1 / known.get(unit, slowest):.1f} a second"
+        for unit, pace in paces.items()
+        if pace["left"]
+    ]
+    seconds = sum(pace["left"] * known.get(unit, slowest) for unit, pace in paces.items())
+    return seconds + START_UP_SECONDS, ", ".join(told)

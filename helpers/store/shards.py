@@ -1,0 +1,292 @@
+"""The tables on disk, all in Lance: frame shards (notebook 01), the feature table (notebook 02), and their readers.
+
+Both stages are written for a machine that may die at any moment. Work goes first into an unfinished table that is
+appended to, or upserted, in batches keyed by GIF; each write is one atomic commit, so a killed run loses one batch at
+most. A finished table is the unfinished one sorted by `gif_sha256`, written beside it and then renamed, and has the
+same rows and values as one that was never interrupted.
+
+Lance is not fork-safe: GIFs are decoded in spawned processes, which never open a table.
+"""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lance
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from helpers.corpora.schema import Corpus, reject_table
+from helpers.stage.pace import DeadlineReached
+from helpers.store.frames import frames_key
+from helpers.store.tables import (
+    BATCH_GIFS,
+    BATCH_SECONDS,
+    CONTRACT_VERSION,
+    StoreError,
+    digest_of,
+    open_table,
+    write_parquet,
+    write_questions,
+    write_sorted,
+)
+from helpers.store.workers import Decoders, is_url, with_bytes
+from helpers.workspace.disk import folder_bytes, require_disk, whole
+
+if TYPE_CHECKING:
+    from helpers.config import DataConfig
+
+
+FRAME_SCHEMA = pa.schema(
+    [
+        ("gif_sha256", pa.string()),
+        ("gif", pa.string()),
+        ("num_frames", pa.int32()),
+        ("duration_ms", pa.float64()),
+        ("status", pa.string()),
+        ("frame_indices", pa.list_(pa.int32())),
+        ("frame_times_ms", pa.list_(pa.float64())),
+        ("frames", pa.list_(pa.binary())),
+        ("views", pa.list_(pa.struct([("groups", pa.int8()), ("rows", pa.list_(pa.int16()))]))),
+    ]
+)
+# One row a source, kept or not: `num_frames` is null for a rejected GIF and for a repetition of an earlier one.
+JOURNAL_SCHEMA = FRAME_SCHEMA.append(pa.field("reason", pa.string()))
+SOURCE_COLUMNS = ["gif", "gif_sha256", "reason"]
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """What notebook 01 made.
+
+    questions: the kept rows with `gif_sha256`. rejects: item, where, reason of every GIF and question left out.
+    sources: one row a GIF name: gif, gif_sha256, reason (None if kept). gifs: distinct GIFs stored.
+    """
+
+    questions: pd.DataFrame
+    rejects: pd.DataFrame
+    sources: pd.DataFrame
+    gifs: int
+
+
+def shard_gifs(
+    corpus: Corpus, folder: Path | str, data: "DataConfig", frames_per_group: int = 16, deadline: float = math.inf
+) -> Sharded:
+    """Decode the GIFs that a corpus asks about into numbered frame shards; goes on where a killed run stopped.
+
+    deadline: seconds from now after which no more GIFs are decoded.
+
+    Shard k holds the k-th `data.shard_size` of the GIF names in alphabetical order. Files of equal bytes are stored
+    once, under the first of their names. Sources that are URLs are fetched and their bytes dropped once decoded.
+
+    Writes under `folder`: frames/shard-00000.lance ... (rows sorted by gif_sha256), frames/settings.json,
+    sources/shard-00000.parquet ... (what became of each name), questions.parquet and rejects.parquet.
+
+    Raises:
+        StoreError: the folder holds shards of other settings or GIFs, or no question is left.
+        DiskFull: the estimated size exceeds the free space.
+        DeadlineReached: the time was up before the last shard was done; what is decoded is kept.
+    """
+    folder, ends = Path(folder), time.monotonic() + deadline
+    names = sorted(set(corpus.questions.gif) & set(corpus.gifs))
+    if not names:
+        raise StoreError(f"The corpus {corpus.name} names no GIF that was found: nothing to shard. See its rejects.")
+    remote = any(is_url(corpus.gifs[name]) for name in names)
+    settings = _frame_settings(data, frames_per_group, min_frames=2 if remote else 1)
+    _claim(folder / "frames", settings | {"shard_size": data.shard_size, "gifs": digest_of(names)})
+    shards = [names[start : start + data.shard_size] for start in range(0, len(names), data.shard_size)]
+    todo = [k for k in range(len(shards)) if not _shard_path(folder, k).exists()]
+    _require_frame_space(folder, [len(shards[k]) for k in todo], data, frames_per_group)
+    begun = len(names) - sum(len(shards[k]) for k in todo) + sum(_journal_size(folder, k) for k in todo)
+    with (
+        tqdm(total=len(names), initial=begun, desc="decoding GIFs", unit="GIF", mininterval=1) as progress,
+        Decoders(data.workers, settings) as decoders,
+    ):
+        known: set[str] = set()
+        for k, shard in enumerate(shards):
+            if k in todo:
+                sources = {name: corpus.gifs[name] for name in shard}
+                _fill_journal(_journal_path(folder, k), sources, data, decoders, known, progress, ends)
+                _finish_shard(folder, k)
+                _require_measured_space(folder, shards, k)
+            else:
+                shutil.rmtree(_journal_path(folder, k), ignore_errors=True)  # a run killed just after its last rename
+            known.update(_read_sources(folder, k).gif_sha256.dropna())
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)
+    sources = pd.concat([_read_sources(folder, k) for k in range(len(shards))], ignore_index=True)
+    questions, rejects = _match_questions(corpus, sources)
+    write_questions(questions, folder / "questions.parquet")
+    write_parquet(rejects, folder / "rejects.parquet", pa.schema([(c, pa.string()) for c in rejects.columns]))
+    return Sharded(questions, rejects, sources, len(known))
+
+
+def _frame_settings(data: "DataConfig", frames_per_group: int, min_frames: int) -> dict[str, Any]:
+    """Everything that the value of a stored row depends on, beside the GIF itself."""
+    return {
+        "contract": CONTRACT_VERSION,
+        "image_size": data.image_size,
+        "frames_per_group": frames_per_group,
+        "groups": sorted(set(data.groups)),
+        "frame_format": data.frame_format,
+        "frame_quality": data.frame_quality if data.frame_format == "webp" else None,
+        "limits": {
+            "max_canvas_pixels": data.max_canvas_pixels,
+            "max_frames": data.max_frames,
+            "max_bytes": data.max_bytes,
+            "decode_seconds": data.decode_seconds,
+            "min_frames": min_frames,
+        },
+    }
+
+
+def _claim(frames: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a new shard folder, or refuse a folder that was begun with others."""
+    path = frames / "settings.json"
+    if not path.exists():
+        frames.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1, sort_keys=True))
+        return
+    theirs = json.loads(path.read_text())
+    changed = [key for key in sorted({*theirs, *settings}) if theirs.get(key) != settings.get(key)]
+    if changed:
+        listed = "; ".join(f"{key}: {theirs.get(key)!r} there, {settings.get(key)!r} now" for key in changed)
+        raise StoreError(
+            f"{frames} holds shards made with other settings or of other GIFs ({listed}). "
+            "Use another run name, or run this stage with --force to make them anew."
+        )
+
+
+def _bytes_per_pixel(data: "DataConfig") -> float:
+    """Mean bytes of a stored pixel: measured at 224 pixels on filmed GIFs, and a tenth more."""
+    if data.frame_format == "png":
+        return 1.6
+    return float(
+        np.interp(data.frame_quality, [50, 75, 80, 85, 90, 95, 100], [0.10, 0.13, 0.16, 0.19, 0.25, 0.36, 0.68])
+    )
+
+
+def _require_frame_space(folder: Path, sizes: list[int], data: "DataConfig", frames_per_group: int) -> None:
+    """Refuse to begin without room for the shards still to be made, and for one more while it is sorted."""
+    if not sizes:
+        return
+    frames = min(frames_per_group * max(data.groups), 40)  # TGIF's GIFs have about 40 frames; shorter ones store fewer
+    gigabytes = (sum(sizes) + max(sizes)) * frames * data.image_size**2 * _bytes_per_pixel(data) / 1e9
+    require_disk(folder, round(gigabytes, 3), f"Sharding {sum(sizes):,} GIFs ({data.frame_format}, {frames} frames)")
+
+
+def _require_measured_space(folder: Path, shards: list[list[str]], done: int) -> None:
+    """The same check for the rest, from the size of the shard just made."""
+    rest = [len(shard) for shard in shards[done + 1 :]]
+    if rest:
+        per_gif = folder_bytes(_shard_path(folder, done)) / 1e9 / len(shards[done])
+        require_disk(folder, round(per_gif * (sum(rest) + max(rest)), 3), f"Sharding the last {sum(rest):,} GIFs")
+
+
+def _shard_path(folder: Path, k: int) -> Path:
+    return folder / "frames" / f"shard-{k:05d}.lance"
+
+
+def _journal_path(folder: Path, k: int) -> Path:
+    return folder / "unfinished" / f"shard-{k:05d}.lance"
+
+
+def _read_sources(folder: Path, k: int) -> pd.DataFrame:
+    table = pd.read_parquet(folder / "sources" / f"shard-{k:05d}.parquet").astype(object)
+    return table.where(table.notna(), None)
+
+
+def _journal_size(folder: Path, k: int) -> int:
+    journal = open_table(_journal_path(folder, k))
+    return 0 if journal is None else journal.count_rows()
+
+
+def _fill_journal(
+    path: Path,
+    sources: dict[str, str],
+    data: "DataConfig",
+    decoders: "Decoders",
+    known: set[str],
+    progress: tqdm,
+    ends: float,
+) -> None:
+    """Decode what a shard's journal lacks, in the order of names, so that the first of equal files is stored."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done: set[str] = set()
+    stored = set(known)
+    if (journal := open_table(path)) is not None:
+        table = journal.to_table(columns=["gif", "gif_sha256"])
+        done = set(table["gif"].to_pylist())
+        stored.update(table["gif_sha256"].drop_null().to_pylist())
+    rows: list[dict[str, Any]] = []
+    committed = time.monotonic()
+
+    def commit() -> None:
+        mode = "append" if open_table(path) is not None else "create"
+        lance.write_dataset(pa.Table.from_pylist(rows, schema=JOURNAL_SCHEMA), str(path), mode=mode)
+
+    todo = [(name, source) for name, source in sources.items() if name not in done]
+    for row in decoders.rows(with_bytes(todo, data)):
+        if row.get("reason") is None and row["gif_sha256"] in stored:
+            row = {"gif": row["gif"], "gif_sha256": row["gif_sha256"]}
+        elif row.get("reason") is None:
+            stored.add(row["gif_sha256"])
+        rows.append(row)
+        progress.update()
+        if len(rows) >= BATCH_GIFS or time.monotonic() - committed > BATCH_SECONDS:
+            commit()
+            rows, committed = [], time.monotonic()
+        if time.monotonic() > ends:
+            if rows:
+                commit()
+            raise DeadlineReached(f"time is up: {progress.n:,} of {progress.total:,} GIFs are decoded and kept")
+    if rows:
+        commit()
+
+
+def _finish_shard(folder: Path, k: int) -> None:
+    """Turn a full journal into shard k: its sources' fates, then its frames sorted by sha; the rename comes last."""
+    journal = open_table(_journal_path(folder, k))
+    table = journal.to_table(columns=[*SOURCE_COLUMNS, "num_frames"])
+    (folder / "sources").mkdir(exist_ok=True)
+    fates = table.select(SOURCE_COLUMNS).to_pandas().sort_values("gif", ignore_index=True)
+    schema = pa.schema([(column, pa.string()) for column in SOURCE_COLUMNS])
+    write_parquet(fates, folder / "sources" / f"shard-{k:05d}.parquet", schema)
+    kept = np.flatnonzero(table["num_frames"].is_valid().to_numpy())
+    order = kept[np.argsort(np.array(table["gif_sha256"].to_pylist(), dtype=object)[kept])]
+    metadata = {"frames_key": frames_key(folder / "frames")}
+    write_sorted(journal, order, FRAME_SCHEMA.with_metadata(metadata), _shard_path(folder, k))
+    shutil.rmtree(_journal_path(folder, k))
+
+
+def _match_questions(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Give questions their GIF's sha, and leave out those without a GIF or that would leak a test GIF into training."""
+    questions = corpus.questions
+    sha = dict(zip(sources.gif, sources.gif_sha256, strict=True))
+    reason = dict(zip(sources.gif, sources.reason, strict=True))
+    rejects = [(gif, corpus.gifs[gif], why) for gif, why in reason.items() if why is not None]
+    unusable = [(row.question_id, row.gif) for row in questions.itertuples() if not isinstance(sha.get(row.gif), str)]
+    rejects += [
+        (question_id, gif, "its GIF was rejected" if gif in reason else "its GIF was not found")
+        for question_id, gif in unusable
+    ]
+    kept = questions.assign(gif_sha256=[sha.get(gif) for gif in questions.gif])
+    kept = kept[~kept.question_id.isin([question_id for question_id, _ in unusable])]
+    test_names = kept[kept.split == "test"].drop_duplicates("gif_sha256").set_index("gif_sha256").gif
+    leaked = (kept.split == "train") & kept.gif_sha256.isin(test_names.index)
+    rejects += [
+        (gif, "train split", f"same bytes as the test GIF {test_names[sha[gif]]}: its {n} training questions left out")
+        for gif, n in kept[leaked].gif.value_counts().sort_index().items()
+    ]
+    kept = kept[~leaked].reset_index(drop=True)
+    table = pd.concat([corpus.rejects, reject_table(rejects)], ignore_index=True)
+    if kept.empty:
+        reasons = "; ".join(f"{why} ({n} times)" for why, n in table.reason.value_counts().head(3).items())
+        raise StoreError(f"No question of the corpus {corpus.name} has a usable GIF. Commonest reasons: {reasons}.")
+    return kept, table

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one system, with one thing changed at a time."""

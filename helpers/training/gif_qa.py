@@ -1,0 +1,223 @@
+"""Training of the GIF model: rows, batches, learning rates, and what identifies a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from helpers.config import PACING, ConnectorConfig, Profile, TrainingConfig
+from helpers.corpora.tasks import target_answer
+from helpers.models.parts import IGNORED
+from helpers.training.checkpoints import CONTRACT, trainable
+from helpers.training.collective import TrainingError, world
+from helpers.training.engine import Job, TrainResult, fit
+from helpers.training.plan import BatchPlan
+from helpers.training.processes import train_in_processes
+
+if TYPE_CHECKING:
+    from helpers.models.gif_qa.model import GifQAModel
+    from helpers.store.features import FeatureTable
+
+
+TWIN = "steps of the blind twin"  # what is trained after the model, on the same batches
+WORKER = "helpers.training.worker"  # started as a process of its own, so that no face imports it
+PARTS = {"mit": "learning_rate_mit", "connector": "learning_rate_connector", "language_model": "learning_rate_lora"}
+
+
+def hold_out(questions: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split questions by GIF: those to train on, and those about a random `share` of the GIFs, to watch the loss on."""
+    gifs = np.sort(questions["gif_sha256"].unique())
+    kept_out = np.random.default_rng(seed).permutation(gifs)[: round(share * len(gifs))]
+    held = questions["gif_sha256"].isin(kept_out)
+    return questions[~held], questions[held]
+
+
+class QADataset(Dataset):
+    """Questions, tokenised once. An item is asked for as (row, groups): the row, and how many groups of 16 frames."""
+
+    def __init__(self, model: GifQAModel, questions: pd.DataFrame, *, options_in_prompt: bool = False):
+        """`model` gives `encode_prompt` and `encode_answer`; `questions` has the columns of the QA table."""
+        if questions.empty:
+            raise TrainingError("no questions to train on: the table has no rows (is the split empty?)")
+        self.gifs: list[str] = questions["gif_sha256"].tolist()
+        self.prompts: list[list[int]] = []
+        self.answers: list[list[int]] = []
+        known: dict[Any, list[int]] = {}  # many questions and most answers occur again and again
+        for row in questions.itertuples():
+            options = tuple(row.options) if options_in_prompt and len(row.options) else None
+            key = (row.question, options)
+            if key not in known:
+                known[key] = model.encode_prompt(row.question, list(options) if options else None)
+            self.prompts.append(known[key])
+            answer = target_answer(row.task, row.answer, row.label)
+            if answer not in known:
+                known[answer] = model.encode_answer(answer)
+            self.answers.append(known[answer])
+        self.text_lengths = np.array([len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int], str, int]:
+        row, groups = key
+        return self.prompts[row], self.answers[row], self.gifs[row], groups
+
+    def digest(self) -> str:
+        """SHA-256 over tokens and GIFs of all rows, in order."""
+        state = hashlib.sha256()
+        for row in zip(self.prompts, self.answers, self.gifs, strict=True):
+            state.update(repr(row).encode())
+        return state.hexdigest()
+
+
+class Collator:
+    """Rows to one padded batch; the frame embeddings of all its GIFs come from the feature table in one call."""
+
+    def __init__(self, features: FeatureTable | None, pad_token_id: int):
+        """`features=None` makes batches without video, for the blind model."""
+        self.features, self.pad = features, pad_token_id
+
+    def __call__(self, rows: Sequence[tuple[list[int], list[int], str, int]]) -> dict[str, torch.Tensor | None]:
+        """Return input_ids, attention_mask, labels [B, L] (right padded; labels on answers only), frames, lengths."""
+        size = (len(rows), max(len(prompt) + len(answer) for prompt, answer, _, _ in rows))
+        ids = np.full(size, self.pad, dtype=np.int64)
+        mask = np.zeros(size, dtype=np.int64)
+        labels = np.full(size, IGNORED, dtype=np.int64)
+        for i, (prompt, answer, _, _) in enumerate(rows):
+            start, end = len(prompt), len(prompt) + len(answer)
+            ids[i, :start], ids[i, start:end], labels[i, start:end], mask[i, :end] = prompt, answer, answer, 1
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {name: torch.from_numpy(values) for name, values in batch.items()} | {"frames": None, "lengths": None}
+        if self.features is not None:
+            frames, lengths = self.features.fetch([row[2] for row in rows], [row[3] for row in rows])
+            batch |= {"frames": torch.as_tensor(frames), "lengths": torch.as_tensor(lengths)}
+        return batch
+
+
+def video_tokens(connector: ConnectorConfig, frames: np.ndarray, frames_per_group: int = 16) -> np.ndarray:
+    """Number of video tokens that the connector makes of `frames` frames, in groups of 16."""
+    groups = -(-frames // frames_per_group)
+    return groups * connector.queries if connector.kind == "qformer" else frames + groups
+
+
+def plan_batches(dataset: QADataset, features: FeatureTable, profile: Profile) -> BatchPlan:
+    """Lay out the run that `profile.training` asks for."""
+    ids = dataset.gifs
+    frames = {g: np.asarray(features.lengths(ids, [g] * len(ids))) for g in profile.training.groups}
+    return BatchPlan(
+        dataset.text_lengths,
+        {g: video_tokens(profile.connector, n, profile.encoder.frames_per_group) for g, n in frames.items()},
+        tokens_per_step=profile.training.tokens_per_step,
+        epochs=profile.training.epochs,
+        seed=profile.training.seed,
+    )
+
+
+def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+    """Optimizer groups: three learning rates (MIT, connector, adapter), no decay on biases, norms and IA3 scales."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, p in trainable(model).items():
+        part = name.split(".")[0]
+        if part not in PARTS:
+            raise TrainingError(f"trainable parameter {name} is in none of the parts {', '.join(PARTS)}")
+        groups.setdefault((part, p.ndim >= 2 and "ia3_" not in name), []).append(p)
+    return [
+        {
+            "params": params,
+            "part": part,
+            "lr": getattr(training, PARTS[part]),
+            "weight_decay": training.weight_decay if decay else 0.0,
+        }
+        for (part, decay), params in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def run_identity(model: GifQAModel, dataset: QADataset, features: FeatureTable, profile: Profile) -> dict[str, Any]:
+    """All that decides a run's result: settings, data and parameter shapes. What only paces it is left out."""
+    shapes = {name: list(p.shape) for name, p in trainable(model).items()}
+    return {
+        "contract": CONTRACT,
+        "encoder_key": features.encoder_key,
+        "video": bool(model.video),
+        "language_model": profile.language_model.model_dump(mode="json"),
+        "connector": profile.connector.model_dump(mode="json"),
+        "training": profile.training.model_dump(mode="json", exclude=set(PACING["training"])),
+        "parameters": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
+        "questions": dataset.digest(),
+    }
+
+
+def train(
+    model: GifQAModel,
+    questions: pd.DataFrame,
+    features: FeatureTable,
+    profile: Profile,
+    folder: Path | str,
+    *,
+    deadline: float = math.inf,
+    eval_questions: pd.DataFrame | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train `model` on `questions` (rows of the QA table) from the frame embeddings in `features`, or go on with it.
+
+    `folder` gets checkpoints/, tensorboard/ and history.parquet; a run found there goes on
+    exactly where its newest checkpoint stands, and a finished one is only loaded. `deadline` is in seconds from now:
+    the run stops before it, saves and returns 'partial', as it does on SIGTERM; on Ctrl-C it saves, then raises
+    KeyboardInterrupt. `eval_questions` (if any) get their mean loss measured at the end of each epoch. A model without
+    video (`model.video` False) is trained on the same batches as one with video.
+
+    Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
+    of other settings or data, TrainingError if the loss diverges.
+    """
+    model.check_features(features.encoder_key)
+    if profile.training.gpus > 1 and world() == 1:
+        options = {"video": model.video, "deadline": deadline, "eval_questions": eval_questions}
+        train_in_processes(profile.training.gpus, WORKER, questions, features.path, profile, folder, **options)
+        deadline = 0.0  # what the processes left is loaded, no step is added
+    training, in_prompt = profile.training, profile.evaluation.options_in_prompt
+    dataset = QADataset(model, questions, options_in_prompt=in_prompt)
+    plan = plan_batches(dataset, features, profile)
+    pad = model.tokenizer.pad_token_id
+    collator = Collator(features if model.video else None, pad if pad is not None else model.tokenizer.eos_token_id)
+    watched: list[Any] = []
+    if eval_questions is not None and len(eval_questions):
+        watched = _watched_batches(QADataset(model, eval_questions, options_in_prompt=in_prompt), features, profile)
+    job = Job(
+        dataset=dataset,
+        plan=plan,
+        collator=collator,
+        identity=run_identity(model, dataset, features, profile),
+        groups=parameter_groups(model, training),
+        tokens=plan.text_tokens + (plan.video_tokens if model.video else 0),
+        warmup=training.warmup_ratio,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        checkpoint_minutes=training.checkpoint_minutes,
+        log_steps=training.log_steps,
+        watched=watched,
+        gradient_checkpointing=training.gradient_checkpointing,
+        unit="steps" if model.video else TWIN,
+        follow=(TWIN,) if model.video else (),
+        answer_tokens=lambda item: len(item[1]),
+    )
+    return fit(model, job, folder, deadline=deadline, progress=progress, parts=tuple(PARTS))
+
+
+def _watched_batches(rows: QADataset, features: FeatureTable, profile: Profile) -> list[Any]:
+    """Batches of `rows` at the headline number of groups."""
+    ids, groups = rows.gifs, profile.evaluation.groups
+    frames = np.asarray(features.lengths(ids, [groups] * len(ids)))
+    lengths = {groups: video_tokens(profile.connector, frames, profile.encoder.frames_per_group)}
+    budget = profile.evaluation.batch_tokens
+    plan = BatchPlan(rows.text_lengths, lengths, tokens_per_step=budget, epochs=1, seed=0)
+    return [[rows[key] for key in batch] for batch in plan]

@@ -1,0 +1,255 @@
+"""The doors of the house: which file of `helpers` may import which, read from the code itself.
+
+Every import counts, those inside functions too; only what stands under `TYPE_CHECKING` does not. A fault is told with
+file, line and rule. The rules are those of docs/contributing.md.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import helpers
+
+ROOT = Path(helpers.__file__).resolve().parents[1]
+
+# A wing imports itself and the wings of the groups before its own.
+ORDER = [
+    {"workspace"},
+    {"config", "install"},
+    {"stage", "corpora", "gifs"},
+    {"store", "models", "scoring", "plots"},
+    {"training"},
+    {"answers"},
+    {"sweeps", "demo", "assets"},
+    {"runner"},
+    {"suite"},
+]
+LEVEL = {wing: level for level, wings in enumerate(ORDER) for wing in wings}
+# Files (or folders) named after a system or a data set never import each other inside a wing ...
+SYSTEMS = {"tgif_qa", "own_gifs", "shapes", "scienceqa", "diagrams", "gif_qa", "adem_vl"}
+SYSTEMS |= {"retrieval", "alignment", "msrvtt", "experts", "vqa"}
+# ... except that a world may use the writer of the format in which it is written, and tables their own measures.
+ALLOWED_SIBLINGS = {
+    ("helpers/corpora/shapes.py", "helpers/corpora/tgif_qa.py"),
+    ("helpers/corpora/shapes.py", "helpers/corpora/own_gifs.py"),
+}
+WITHOUT_TORCH = ("scoring", "corpora", "stage", "config")
+STANDARD_LIBRARY_ALONE = ("workspace", "install")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: where the line stands, the file it comes from, and the name itself ('' for a module)."""
+
+    file: str
+    line: int
+    target: str
+    name: str
+    in_function: bool
+
+    def fault(self, rule: str) -> str:
+        """Say file, line and rule."""
+        return f"{self.file}:{self.line}: {rule}: imports {self.name or 'all'} of {self.target}"
+
+
+def files_of(root: Path) -> dict[str, Path]:
+    """Every Python file of `helpers` by its dotted name; a package is its __init__.py."""
+    found = {}
+    for path in sorted((root / "helpers").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def _statements(node: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if _type_checking(child):
+            yield from _statements(ast.Module(child.orelse, []), in_function)
+            continue
+        yield child, in_function
+        inside = in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from _statements(child, inside)
+
+
+def imports_of(root: Path) -> list[Import]:
+    """Every import of a file of `helpers` in a file of `helpers`."""
+    files = files_of(root)
+    found = []
+    for module, path in files.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node, in_function in _statements(ast.parse(path.read_text(encoding="utf-8"))):
+            pairs: list[tuple[str, str]] = []
+            if isinstance(node, ast.Import):
+                pairs = [(alias.name, "") for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                base = ".".join([*above, *filter(None, [node.module])])
+                pairs = [(base, alias.name) for alias in node.names]
+            for base, name in pairs:
+                target, name = (f"{base}.{name}", "") if f"{base}.{name}" in files else (base, name)
+                if target in files:
+                    here, there = (p.relative_to(root).as_posix() for p in (path, files[target]))
+                    found.append(Import(here, node.lineno, there, name, in_function))
+    return found
+
+
+def wing(file: str) -> str:
+    """The wing of a file: the folder below `helpers`, or the file itself where it stands in none."""
+    return "".join(file.split("/")[1:2]).removesuffix(".py")
+
+
+def system(file: str) -> str:
+    """What a file is named after within its wing: the name below the wing, without ending."""
+    parts = file.split("/")
+    return parts[2].removesuffix(".py") if len(parts) > 2 else ""
+
+
+def circles(imports: list[Import]) -> list[str]:
+    """Rule 1: no circle of files. One fault a circle, told by one of its imports."""
+    graph: dict[str, dict[str, Import]] = {}
+    for found in imports:
+        if found.file != found.target:
+            graph.setdefault(found.file, {}).setdefault(found.target, found)
+    faults, done, path = [], set(), []
+
+    def visit(file: str) -> None:
+        path.append(file)
+        for target, found in graph.get(file, {}).items():
+            if target in path:
+                way = [*path[path.index(target) :], target]
+                faults.append(found.fault(f"rule 1, no circle of files ({' -> '.join(way)})"))
+            elif target not in done:
+                visit(target)
+        done.add(path.pop())
+
+    for file in sorted(graph):
+        if file not in done:
+            visit(file)
+    return faults
+
+
+def wrong_doors(imports: list[Import]) -> Iterator[str]:
+    """Rules 2, 4, 5 and 6, import by import."""
+    for found in imports:
+        here, there = wing(found.file), wing(found.target)
+        if here == "__init__" or there == "__init__":  # of helpers itself, which is empty
+            continue
+        if here not in LEVEL or there not in LEVEL:
+            yield found.fault(f"rule 2, {here if here not in LEVEL else there} is no wing of the house")
+        elif here == "install" and there == "config":
+            if not found.in_function:
+                yield found.fault("rule 2, install imports config inside a function only")
+        elif here != there and LEVEL[there] >= LEVEL[here]:
+            yield found.fault(f"rule 2, {here} stands before {there}" if LEVEL[here] < LEVEL[there] else "rule 2")
+        if there == "runner" and here not in ("runner", "suite"):
+            yield found.fault("rule 4, only suite.py, notebook 00 and runner import runner")
+        if here == "plots" and there in ("runner", "models"):
+            yield found.fault("rule 4, plots imports neither runner nor models")
+        ours, theirs = system(found.file), system(found.target)
+        siblings = here == there and ours != theirs and {ours, theirs} <= SYSTEMS
+        if siblings and (found.file, found.target) not in ALLOWED_SIBLINGS:
+            yield found.fault("rule 5, files named after systems or data sets do not import each other")
+        if found.name.startswith("_"):
+            yield found.fault("rule 6, no name with a leading underscore crosses a file")
+
+
+def hidden_imports(root: Path) -> Iterator[str]:
+    """Rule 6: no importlib.import_module of a helpers module, and no underscore name through a module's alias."""
+    for path in files_of(root).values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        here = path.relative_to(root).as_posix()
+        modules = {
+            (alias.asname or alias.name)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers")
+            for alias in node.names
+            if f"{node.module}.{alias.name}" in files_of(root)
+        }
+        for node in ast.walk(tree):
+            called = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+            if called in ("import_module", "__import__") and "helpers" in ast.unparse(node):
+                yield f"{here}:{node.lineno}: rule 6, no import_module of a helpers module"
+            through = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+            if through and re.match("_(?!_)", node.attr):
+                yield f"{here}:{node.lineno}: rule 6, {node.value.id}.{node.attr} crosses a file"
+
+
+def faults_of(root: Path) -> list[str]:
+    """Every fault that can be read from the code under `root`."""
+    imports = imports_of(root)
+    return [*circles(imports), *wrong_doors(imports), *hidden_imports(root)]
+
+
+def test_no_import_breaks_a_rule():
+    """The house as it stands."""
+    assert len(imports_of(ROOT)) > 200
+    faults = faults_of(ROOT)
+    assert not faults, "\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("rule", "code"),
+    [
+        ("rule 1", {"store/a.py": "def f():\n    import helpers.store.b", "store/b.py": "from . import a"}),
+        ("rule 2", {"stage/lock.py": "from helpers.store.tables import keep", "store/tables.py": "keep = 1"}),
+        ("rule 2", {"scoring/text.py": "from helpers.models.parts import x", "models/parts.py": "x = 1"}),
+        ("rule 2", {"install.py": "from helpers.config import x", "config.py": "x = 1"}),
+        ("rule 2", {"attic/old.py": "from helpers.config import x", "config.py": "x = 1"}),
+        ("rule 4", {"demo/page.py": "from helpers.runner.run import run", "runner/run.py": "run = 1"}),
+        ("rule 4", {"plots/look.py": "from helpers.models.parts import x", "models/parts.py": "x = 1"}),
+        ("rule 5", {"models/gif_qa/ask.py": "import helpers.models.adem_vl.model", "models/adem_vl/model.py": ""}),
+        ("rule 6", {"store/a.py": "from helpers.store.b import _x", "store/b.py": "_x = 1"}),
+        ("rule 6", {"store/a.py": "from helpers.store import b\nb._x", "store/b.py": "_x = 1"}),
+        ("rule 6", {"suite.py": "import importlib\nimportlib.import_module('helpers.store')"}),
+    ],
+)  # fmt: skip
+def test_a_fault_is_told_with_its_rule(tmp_path, rule, code):
+    """Each rule, broken in a house of a few files, is told with file and line; a house under TYPE_CHECKING is not."""
+    for name, text in code.items():
+        path = tmp_path / "helpers" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        for folder in [path.parent, *path.parent.parents]:
+            if folder != tmp_path and tmp_path in folder.parents:
+                (folder / "__init__.py").touch()
+    told = faults_of(tmp_path)
+    assert any(f": {rule}" in fault for fault in told), told
+    assert all(fault.startswith("helpers/") and fault.split(":")[1].isdigit() for fault in told)
+    for name, text in code.items():
+        hidden = "if TYPE_CHECKING:\n    " + (text or "pass").replace("\n", "\n    ")
+        (tmp_path / "helpers" / name).write_text(hidden)
+    assert not [fault for fault in faults_of(tmp_path) if "rule 6" not in fault]
+
+
+def _loaded_by(code: str, *options: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter has after running `code`."""
+    code = (
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\nprint(*{{n.partition('.')[0] for n in sys.modules}})"
+    )
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_tables_and_settings_load_no_torch():
+    """Rule 3: scores, corpora, stages and profiles are read without torch, so that a command line answers at once."""
+    names = [name for name in files_of(ROOT) if wing(name.replace(".", "/")) in WITHOUT_TORCH]
+    loaded = _loaded_by("\n".join(f"import {name}" for name in names))
+    assert "pandas" in loaded
+    assert "torch" not in loaded and "transformers" not in loaded
+
+
+def test_the_first_rooms_need_the_standard_library_alone():
+    """Rule 3: what runs before anything is installed finds nothing but Python itself."""
+    names = [name for name in files_of(ROOT) if wing(name.replace(".", "/")) in STANDARD_LIBRARY_ALONE]
+    loaded = _loaded_by("\n".join(f"import {name}" for name in names), "-I", "-S")
+    assert loaded - {"helpers"} <= {*sys.stdlib_module_names, "__main__"}

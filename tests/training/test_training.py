@@ -1,0 +1,626 @@
+"""Batches, collator, optimizer groups, checkpoints, deadline and resume, on a toy model that learns in a second."""
+
+import inspect
+import json
+import math
+import os
+import signal
+import time
+import warnings
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from helpers import training
+from helpers.corpora import target_answer
+from helpers.models.parts import IGNORED
+from helpers.training.checkpoints import CheckpointError
+from helpers.training.collective import TrainingError
+from helpers.training.gif_qa import Collator, QADataset, parameter_groups, plan_batches, train, video_tokens
+from helpers.training.plan import BatchPlan, bucket
+from helpers.workspace.machine import free_memory
+
+
+class Section(SimpleNamespace):
+    def model_dump(self, mode="json", exclude=()):
+        return {k: v for k, v in vars(self).items() if k not in exclude}
+
+
+def test_held_out_gifs_are_whole_and_not_trained_on():
+    questions = toy_questions(300, 50)
+    kept, held = training.hold_out(questions, 0.1, seed=0)
+    assert held["gif_sha256"].nunique() == 5 and not set(kept["gif_sha256"]) & set(held["gif_sha256"])
+    assert len(kept) + len(held) == 300 and kept.index.union(held.index).equals(questions.index)
+    assert not held.equals(training.hold_out(questions, 0.1, seed=1)[1])
+    assert len(training.hold_out(questions, 0.0, seed=0)[1]) == 0
+
+
+def toy_config(**changes):
+    settings = {
+        "epochs": 2.0,
+        "tokens_per_step": 200,
+        "learning_rate_lora": 1e-2,
+        "learning_rate_connector": 2e-2,
+        "learning_rate_mit": 5e-3,
+        "weight_decay": 0.01,
+        "warmup_ratio": 0.1,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "seed": 3,
+        "checkpoint_minutes": 60.0,
+        "groups": [1, 2, 3],
+        "log_steps": 4,
+        "gpus": 1,
+    } | changes
+    return SimpleNamespace(
+        training=Section(**settings),
+        evaluation=Section(options_in_prompt=False, groups=2, batch_tokens=400),
+        encoder=Section(frames_per_group=16),
+        connector=Section(kind="mlp", queries=4),
+        language_model=Section(model="toy"),
+    )
+
+
+class ToyFeatures:
+    """The feature table's interface over arrays in memory; the GIF's name is its number."""
+
+    encoder_key, dim = "toy", 8
+
+    def __init__(self, count: int, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.frames = rng.integers(6, 49, size=count)
+        self.means = rng.normal(size=(count, self.dim))
+        self.calls = 0
+
+    def lengths(self, ids, groups):
+        return np.array([min(self.frames[int(i)], 16 * g) for i, g in zip(ids, groups, strict=True)])
+
+    def fetch(self, ids, groups):
+        self.calls += 1
+        lengths = self.lengths(ids, groups)
+        frames = np.zeros((len(ids), lengths.max(), self.dim), dtype=np.float16)
+        for i, (name, n) in enumerate(zip(ids, lengths, strict=True)):
+            frames[i, :n] = self.means[int(name)]
+        return frames, lengths.astype(np.int64)
+
+
+class ToyModel(nn.Module):
+    """Predicts the answer's tokens from the mean of the frames and the token before, with dropout."""
+
+    def __init__(self, video: bool = True, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.video = video
+        self.tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+        self.mit = nn.Linear(8, 8)
+        self.connector = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16))
+        self.language_model = nn.ModuleDict({"embed": nn.Embedding(64, 16), "head": nn.Linear(16, 64)})
+        self.language_model["embed"].requires_grad_(False)
+        self.dropout = nn.Dropout(0.2)
+
+    def check_features(self, encoder_key):
+        assert encoder_key == "toy"
+
+    def encode_prompt(self, question, options=None):
+        words = [question, *(options or [])]
+        return [2 + sum(w.encode()) % 60 for text in words for w in text.split()]
+
+    def encode_answer(self, answer):
+        return [2 + sum(answer.encode()) % 60, 1]
+
+    def forward(self, input_ids, attention_mask, labels, frames=None, lengths=None):
+        text = self.language_model["embed"](input_ids)
+        hidden = text.roll(1, dims=1)
+        if self.video:
+            pooled = frames.float().sum(1) / lengths[:, None]
+            hidden = hidden + self.connector(torch.tanh(self.mit(pooled)))[:, None]
+        chosen = labels != IGNORED
+        logits = self.language_model["head"](self.dropout(hidden[chosen]))
+        return {"loss": nn.functional.cross_entropy(logits, labels[chosen]), "logits": logits}
+
+
+def toy_questions(rows: int, gifs: int, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    words = [
+        "what",
+        "color",
+        "is",
+        "the",
+        "small",
+        "circle",
+        "square",
+        "star",
+        "doing",
+        "when",
+        "it",
+        "turns",
+        "around",
+    ]
+    gif = rng.integers(gifs, size=rows)
+    task = np.where(rng.random(rows) < 0.3, "count", "frameqa")
+    return pd.DataFrame(
+        {
+            "question_id": [f"q{i}" for i in range(rows)],
+            "gif_sha256": gif.astype(str),
+            "task": task,
+            "question": [" ".join(rng.choice(words, size=rng.integers(4, 14))) for _ in range(rows)],
+            "options": [[] for _ in range(rows)],
+            "answer": np.where(task == "count", "0", np.where(gif % 2 == 0, "red", "green")),
+            "label": np.where(task == "count", 0, -1),
+        }
+    )
+
+
+HOUR = 3600.0  # seconds; with a disk as slow as `slow_disk` a run stops after one step to save in time
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    monkeypatch.setattr(training.engine, "SLOW_DISK", 1e-3)
+
+
+@pytest.fixture
+def world():
+    features = ToyFeatures(40)
+    return toy_questions(120, 40), features, toy_config()
+
+
+def run(folder, world, *, video=True, **options):
+    questions, features, config = world
+    model = ToyModel(video)
+    result = train(model, questions, features, config, folder, progress=False, **options)
+    return model, result
+
+
+def test_a_trained_model_that_is_deleted_gives_its_memory_back(tmp_path, world):
+    model, _ = run(tmp_path, world)
+    gone = weakref.ref(model)
+    del model
+    free_memory()
+    assert gone() is None
+
+
+def newest(folder):
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+# ---- rows and batches ----
+
+
+def test_labels_cover_the_answer_and_nothing_else():
+    questions = toy_questions(5, 3)
+    model, features = ToyModel(), ToyFeatures(3)
+    dataset = QADataset(model, questions)
+    batch = Collator(features, pad_token_id=0)([dataset[(i, 1)] for i in range(5)])
+    for i, row in enumerate(questions.itertuples()):
+        prompt = model.encode_prompt(row.question)
+        answer = model.encode_answer("1" if row.task == "count" else row.answer)
+        n = len(prompt) + len(answer)
+        assert batch["input_ids"][i, :n].tolist() == prompt + answer
+        assert batch["labels"][i].tolist() == [IGNORED] * len(prompt) + answer + [IGNORED] * (
+            len(batch["labels"][i]) - n
+        )
+        assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (len(batch["labels"][i]) - n)
+        assert batch["lengths"][i] == min(16, features.frames[int(row.gif_sha256)])
+    assert features.calls == 1
+
+
+def test_a_count_of_zero_is_trained_as_one():
+    answers = [target_answer("count", str(n), n) for n in (0, 2, 10)]
+    assert answers == ["1", "2", "10"]
+    assert target_answer("action", "jumps", 0) == "jumps"
+
+
+def test_options_enter_the_prompt_only_when_asked():
+    questions = toy_questions(2, 2).assign(task="action", options=[["one thing", "two"], ["three", "four"]])
+    plain, with_options = QADataset(ToyModel(), questions), QADataset(ToyModel(), questions, options_in_prompt=True)
+    assert (with_options.text_lengths - plain.text_lengths).tolist() == [3, 2]
+
+
+def test_video_tokens_of_mlp_and_qformer():
+    frames = np.array([1, 16, 17, 48])
+    assert video_tokens(Section(kind="mlp", queries=9), frames).tolist() == [2, 17, 19, 51]
+    assert video_tokens(Section(kind="qformer", queries=9), frames).tolist() == [9, 9, 18, 27]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 5000])
+def test_buckets_hold_every_row_once_within_budget(rows):
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.normal(45, 15, rows).astype(int), 20, 120)
+    batches = bucket(lengths, 1500, np.random.default_rng(0))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(rows))
+    assert all(len(b) * lengths[b].max() <= 1500 for b in batches)
+    padded = sum(len(b) * lengths[b].max() for b in batches)
+    if rows == 5000:
+        assert padded / lengths.sum() <= 1.02
+        firsts = [lengths[b].mean() for b in batches]
+        assert abs(np.corrcoef(np.arange(len(firsts)), firsts)[0, 1]) < 0.3, "batches come sorted by length"
+
+
+def test_a_row_longer_than_the_budget_is_alone():
+    lengths = np.array([10, 500, 10])
+    batches = bucket(lengths, 100, np.random.default_rng(0))
+    assert [1] in [b.tolist() for b in batches]
+    assert sorted(np.concatenate(batches).tolist()) == [0, 1, 2]
+
+
+def plan_of(epochs, seed=0, rows=300):
+    rng = np.random.default_rng(9)
+    video = {g: rng.integers(8, 17, rows) * g for g in (1, 2, 3)}
+    return BatchPlan(rng.integers(10, 30, rows), video, tokens_per_step=600, epochs=epochs, seed=seed), video
+
+
+def test_plan_is_one_pass_over_all_epochs_and_repeats_by_seed():
+    plan, video = plan_of(2.5)
+    ends = sorted(plan.epoch_ends)
+    first = [key for batch in plan.batches[: ends[0]] for key in batch]
+    second = [key for batch in plan.batches[ends[0] : ends[1]] for key in batch]
+    assert sorted(r for r, _ in first) == sorted(r for r, _ in second) == list(range(300))
+    assert dict(first) != dict(second), "the same group counts in both epochs"
+    assert {g for _, g in first} == {1, 2, 3}
+    assert plan.epoch_after[-1] == pytest.approx(2.5) and ends[-1] == len(plan)
+    real = sum(video[g][r] for batch in plan.batches for r, g in batch)
+    assert plan.video_tokens.sum() == real
+    assert plan_of(2.5)[0].batches == plan.batches
+    assert plan_of(2.5, seed=1)[0].batches != plan.batches
+
+
+def test_no_rows_and_no_epochs_are_refused(world):
+    questions, features, _ = world
+    with pytest.raises(TrainingError, match="no questions"):
+        QADataset(ToyModel(), questions.iloc[:0])
+    with pytest.raises(TrainingError, match="epochs"):
+        plan_batches(QADataset(ToyModel(), questions), features, toy_config(epochs=0.0))
+
+
+# ---- optimizer ----
+
+
+def test_three_learning_rates_and_no_decay_on_vectors():
+    model, config = ToyModel(), toy_config()
+    groups = parameter_groups(model, config.training)
+    where = {id(p): g for g in groups for p in g["params"]}
+    assert where.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = {"mit": 5e-3, "connector": 2e-2, "language_model": 1e-2}[name.split(".")[0]]
+            assert where[id(p)]["lr"] == rate
+            assert where[id(p)]["weight_decay"] == (0.01 if p.ndim == 2 else 0.0)
+
+
+def test_half_precision_and_stray_parameters_are_refused():
+    model = ToyModel()
+    model.mit.half()
+    with pytest.raises(TrainingError, match=r"mit\.weight is torch\.float16"):
+        parameter_groups(model, toy_config().training)
+    model = ToyModel()
+    model.other = nn.Linear(2, 2)
+    with pytest.raises(TrainingError, match="other"):
+        parameter_groups(model, toy_config().training)
+    with pytest.raises(TrainingError, match="no trainable"):
+        training.trainable(ToyModel().requires_grad_(False))
+
+
+def test_a_run_equals_a_plain_loop(tmp_path, world):
+    """Trainer, plan and collator against AdamW, clipping and the schedule written out, bit for bit."""
+    questions, features, config = world
+    model, result = run(tmp_path, world)
+    plain = ToyModel()
+    torch.manual_seed(config.training.seed)
+    dataset = QADataset(plain, questions)
+    plan, collate = plan_batches(dataset, features, config), Collator(features, 0)
+    optimizer = torch.optim.AdamW(parameter_groups(plain, config.training), fused=True)
+    rates = [g["lr"] for g in optimizer.param_groups]
+    torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws its workers' seed
+    losses = []
+    for step, keys in enumerate(plan.batches):
+        warm, n = math.ceil(0.1 * len(plan)), len(plan)
+        scale = step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (n - warm)))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * scale
+        loss = plain(**collate([dataset[key] for key in keys]))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert result.history["loss"].tolist() == losses
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert result.history["tokens"].sum() == result.tokens == (plan.text_tokens + plan.video_tokens).sum()
+    assert result.history["lr_connector"].max() == pytest.approx(2e-2)
+    assert (result.status, result.steps, result.epochs) == ("complete", len(plan), 2.0)
+
+
+def test_it_learns_what_the_video_shows_and_blind_does_not(tmp_path):
+    config = toy_config(epochs=40.0)
+    questions = toy_questions(120, 40)
+    questions = questions[questions["task"] == "frameqa"]
+    features = ToyFeatures(40)
+    features.means[:] = np.where(np.arange(40) % 2 == 0, 1, -1)[:, None]
+    world = (questions, features, config)
+    seeing = run(tmp_path / "main", world, eval_questions=questions)[1]
+    blind = run(tmp_path / "blind", world, video=False, eval_questions=questions)[1]
+    # Two tokens an answer, the second always the terminator: not knowing the first costs ln(2) / 2 a token.
+    assert seeing.history["eval_loss"].iloc[-1] < 0.15
+    assert blind.history["eval_loss"].iloc[-1] > 0.25
+    assert seeing.steps == blind.steps and blind.tokens < seeing.tokens
+
+
+def test_blind_takes_the_same_batches_without_fetching_video(tmp_path, world, monkeypatch):
+    seen = {True: [], False: []}
+    for video in (True, False):
+        original = ToyModel.forward
+
+        def spy(self, input_ids, attention_mask, labels, frames=None, lengths=None, original=original):
+            seen[self.video].append(input_ids.clone())
+            return original(self, input_ids, attention_mask, labels, frames, lengths)
+
+        monkeypatch.setattr(ToyModel, "forward", spy)
+        before = world[1].calls
+        run(tmp_path / str(video), world, video=video)
+        monkeypatch.setattr(ToyModel, "forward", original)
+    assert world[1].calls == before
+    assert all(torch.equal(a, b) for a, b in zip(seen[True], seen[False], strict=True))
+
+
+# ---- checkpoints and resume ----
+
+
+class Stop(Exception):
+    """Stands for a crash in the middle of a step."""
+
+
+def crash_at(monkeypatch, step):
+    original = training.AdapterTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Stop
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.AdapterTrainer, "training_step", training_step)
+    return lambda: monkeypatch.setattr(training.AdapterTrainer, "training_step", original)
+
+
+def same_state(a, b):
+    """Compare two checkpoints: tensors and optimizer, scheduler and RNG states, bit for bit."""
+    x, y = load_file(a / training.TENSORS), load_file(b / training.TENSORS)
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    states = [torch.load(p / "optimizer.pt", weights_only=True)["state"] for p in (a, b)]
+    for i in states[0]:
+        assert all(torch.equal(states[0][i][k], states[1][i][k]) for k in states[0][i])
+    schedules = [torch.load(p / "scheduler.pt", weights_only=True) for p in (a, b)]
+    assert schedules[0] == schedules[1]
+    assert (a / "rng_state.pth").stat().st_size == (b / "rng_state.pth").stat().st_size
+
+
+@pytest.mark.parametrize("step", [1, 9, 20, 21])
+def test_resume_equals_uninterrupted(tmp_path, world, monkeypatch, step):
+    questions, features, _ = world
+    world = (questions, features, toy_config(checkpoint_minutes=1e-9))  # saves at every step
+    held_out = toy_questions(30, 40, seed=5)
+    _, whole = run(tmp_path / "whole", world, eval_questions=held_out)
+    mend = crash_at(monkeypatch, step)
+    with pytest.raises(Stop):
+        run(tmp_path / "killed", world, eval_questions=held_out)
+    mend()
+    torch.manual_seed(99)  # a new process starts with another state
+    np.random.seed(99)
+    model, resumed = run(tmp_path / "killed", world, eval_questions=held_out)
+    same_state(newest(tmp_path / "whole"), newest(tmp_path / "killed"))
+    for column in ("step", "epoch", "loss", "eval_loss", "lr_mit", "tokens"):
+        pd.testing.assert_series_equal(whole.history[column], resumed.history[column], check_exact=True)
+    assert resumed.history["eval_loss"].notna().sum() == 2
+    assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2, "the newest two are kept"
+    tensors = load_file(newest(tmp_path / "killed") / training.TENSORS)
+    assert tensors.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_evaluation_is_the_token_mean_and_changes_nothing(tmp_path, world):
+    held_out = toy_questions(30, 40, seed=5)
+    _, plain = run(tmp_path / "plain", world)
+    model, measured = run(tmp_path / "measured", world, eval_questions=held_out)
+    assert measured.history["loss"].tolist() == plain.history["loss"].tolist()
+    dataset = QADataset(model, held_out)
+    model.eval()
+    with torch.no_grad():  # each row alone; every answer has two tokens
+        rows = [model(**Collator(world[1], 0)([dataset[(i, 2)]]))["loss"].item() for i in range(30)]
+    assert measured.history["eval_loss"].iloc[-1] == pytest.approx(np.mean(rows), rel=1e-5)
+
+
+def test_a_finished_run_is_loaded_not_repeated(tmp_path, world, monkeypatch):
+    model, first = run(tmp_path, world)
+    crash_at(monkeypatch, 0)
+    again, second = run(tmp_path, world)
+    assert second.status == "complete" and second.tokens == first.tokens and second.seconds == first.seconds
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_deadline_ends_as_partial_and_the_next_call_goes_on(tmp_path, world, slow_disk):
+    _, whole = run(tmp_path / "whole", world)
+    result, calls = None, 0
+    while result is None or result.status == "partial":
+        before = result.steps if result else 0
+        _, result = run(tmp_path / "parts", world, deadline=HOUR if calls < 3 else math.inf)
+        calls += 1
+        assert result.steps > before
+    assert calls == 4 and result.epochs == 2.0
+    assert result.history["loss"].tolist() == whole.history["loss"].tolist()
+    assert run(tmp_path / "none", world, deadline=0)[1].steps == 0
+
+
+def test_measuring_the_pace_costs_no_step(tmp_path, world, monkeypatch):
+    _, whole = run(tmp_path / "whole", world)
+    monkeypatch.setenv("SUITE_PROBE_STEPS", "3")
+    results = [run(tmp_path / "parts", world)[1] for _ in range(2)]
+    assert [result.steps for result in results] == [3, 6] and results[1].status == "partial"
+    monkeypatch.delenv("SUITE_PROBE_STEPS")
+    result = run(tmp_path / "parts", world)[1]
+    assert result.status == "complete" and result.history["loss"].tolist() == whole.history["loss"].tolist()
+
+
+def test_the_margin_before_the_deadline_is_three_saves(world, tmp_path):
+    control = training.RunControl.__new__(training.RunControl)
+    flags = SimpleNamespace(should_training_stop=False, should_save=False)
+    control.trainer = SimpleNamespace(plan=range(1000), args=SimpleNamespace(device=torch.device("cpu")))
+    control.job = toy_config(log_steps=10**6).training
+    control.signals, control.evaluate, control.longest_step, control.last_step = [], None, 0.0, math.inf
+    now = time.perf_counter()
+    control.saved = control.last = now
+    control.ends, control.save_seconds = now + 100, 20.0
+    control.on_step_end(None, SimpleNamespace(global_step=1), flags)
+    assert not flags.should_training_stop
+    control.save_seconds = 34.0
+    control.on_step_end(None, SimpleNamespace(global_step=2), flags)
+    assert flags.should_training_stop and flags.should_save
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, None), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_after_the_step(tmp_path, world, monkeypatch, number, error):
+    original = training.AdapterTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.AdapterTrainer, "training_step", training_step)
+    handler = signal.getsignal(number)
+    if error:
+        with pytest.raises(error):
+            run(tmp_path, world)
+    else:
+        assert run(tmp_path, world)[1].status == "partial"
+    assert signal.getsignal(number) is handler
+    assert newest(tmp_path).name == "step-00000006"
+
+
+def test_checkpoint_of_other_settings_is_refused_by_name(tmp_path, world, slow_disk):
+    questions, features, _ = world
+    run(tmp_path, world, deadline=HOUR)
+    with pytest.raises(CheckpointError, match=r"training.epochs: 2.0 in the checkpoint, 3.0 now"):
+        run(tmp_path, (questions, features, toy_config(epochs=3.0)))
+    with pytest.raises(CheckpointError, match="questions"):
+        run(tmp_path, (questions.iloc[::-1], features, toy_config()))
+    with pytest.raises(CheckpointError, match="video: True in the checkpoint, False now"):
+        run(tmp_path, world, video=False)
+    # What only paces a run may change.
+    assert run(tmp_path, (questions, features, toy_config(log_steps=1, checkpoint_minutes=1.0)))[1].status == "complete"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no description", "not json", "file gone"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path, world, damage):
+    questions, features, _ = world
+    world = (questions, features, toy_config(checkpoint_minutes=1e-9))
+    _, whole = run(tmp_path, world)
+    last = newest(tmp_path)
+    target = last / training.TENSORS
+    if damage == "cut":
+        target.write_bytes(target.read_bytes()[:-10])
+    elif damage == "flipped":
+        content = bytearray(target.read_bytes())
+        content[-1] ^= 1
+        target.write_bytes(content)
+    elif damage == "no description":
+        (last / training.META).unlink()
+    elif damage == "not json":
+        (last / training.META).write_text("{")
+    else:
+        (last / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match=f"{last.name} is damaged"):
+        _, result = run(tmp_path, world)
+    assert result.history["loss"].tolist() == whole.history["loss"].tolist()
+
+
+def test_a_save_cut_short_leaves_the_run_as_it_was(tmp_path, world, monkeypatch):
+    questions, features, _ = world
+    world = (questions, features, toy_config(checkpoint_minutes=1e-9))
+
+    def fail(self, folder):
+        if self.state.global_step == 7:
+            raise Stop
+
+    monkeypatch.setattr(training.AdapterTrainer, "_save_scaler", fail)
+    with pytest.raises(Stop):
+        run(tmp_path, world)
+    assert list((tmp_path / "checkpoints").glob("saving-*"))
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _, result = run(tmp_path, world)
+    assert result.status == "complete"
+    assert not list((tmp_path / "checkpoints").glob("saving-*"))
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path, world):
+    model, _ = run(tmp_path, world)
+    model.mit.bias.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"mit\.bias"):
+        training.load_tensors(model, newest(tmp_path))
+
+
+def test_a_diverged_loss_stops_the_run_before_it_is_saved(tmp_path, world, monkeypatch):
+    questions, features, _ = world
+    world = (questions, features, toy_config(checkpoint_minutes=1e-9))
+    original, calls = ToyModel.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        out = original(self, *args, **kwargs)
+        return out | {"loss": out["loss"] * (math.nan if len(calls) == 6 else 1.0)}
+
+    forward.__signature__ = inspect.signature(original)
+    monkeypatch.setattr(ToyModel, "forward", forward)
+    with pytest.raises(TrainingError, match="nan at step 6"):
+        run(tmp_path, world)
+    assert newest(tmp_path).name == "step-00000005"
+
+
+def test_logs_and_folder(tmp_path, world, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    questions, features, config = world
+    result = train(ToyModel(), questions, features, config, tmp_path)
+    stored = pd.read_parquet(tmp_path / "history.parquet")
+    pd.testing.assert_frame_equal(stored, result.history)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert logged[4] == pytest.approx(result.history["loss"].iloc[:4].mean(), rel=1e-6)
+    assert f"step {result.steps}/{result.total_steps}" in capsys.readouterr().out
+    info = json.loads((newest(tmp_path) / training.META).read_text())
+    assert info["step"] == result.steps and info["fingerprint"]["encoder_key"] == "toy"
+
+
+def test_loss_display_draws_in_place_in_a_notebook(monkeypatch):
+    drawn = []
+    handle = SimpleNamespace(update=lambda figure: drawn.append(("update", figure)))
+    display = pytest.importorskip("IPython.display")
+    monkeypatch.setattr(display, "display", lambda figure, display_id: drawn.append(("first", figure)) or handle)
+    monkeypatch.setattr(training.history, "_in_kernel", lambda: True)
+    history = [{"step": i + 1, "epoch": 0.1, "loss": 1.0 / (i + 1)} for i in range(20)]
+    recorder = SimpleNamespace(rows=history, seconds=1.0, table=lambda: pd.DataFrame(history))
+    shown = training.LossDisplay(40, 0, interval=0.0)
+    shown.update(recorder, 4)
+    shown.update(recorder, 4)
+    shown.close()
+    assert [kind for kind, _ in drawn] == ["first", "update"]
+    assert drawn[0][1].data.startswith(b"\x89PNG")  # a picture of its own, whatever the kernel can show
+    axes = shown.curve(recorder.table(), 4).axes[0]
+    assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
+    assert axes.lines[0].get_ydata()[-1] == pytest.approx(1 / 20)
+    seldom = training.LossDisplay(20, 0, interval=3600.0)
+    history.pop()
+    seldom.update(recorder, 4)
+    seldom.update(recorder, 4)
+    assert len(drawn) == 3
+    history.append({"step": 20, "epoch": 1.0, "loss": 0.05})
+    seldom.update(recorder, 4)  # the last step is drawn, however soon it comes
+    assert len(drawn) == 4
+    seldom.close()
