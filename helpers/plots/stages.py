@@ -13,8 +13,11 @@ from helpers.plots.look import BLUE, ORANGE, SKY, STYLE, new_figure, require_row
 
 
 @plt.rc_context(STYLE)
-def loss_curve(history: pd.DataFrame, window: int = 20) -> Figure:
-    """Training loss (columns step, loss) with its running median over `window` steps; `eval_loss` too."""
+def loss_curve(history: pd.DataFrame, window: int = 20, steps: int | None = None) -> Figure:
+    """Training loss (columns step, loss) with its running median over `window` steps; `eval_loss` too.
+
+    steps: of the whole run, for the length of the axis while it goes on.
+    """
     figure, axes = new_figure(1, 1, (7, 3.6))
     axis = axes[0, 0]
     points = history.dropna(subset=["loss"])
@@ -27,6 +30,8 @@ def loss_curve(history: pd.DataFrame, window: int = 20) -> Figure:
         axis.plot(measured["step"], measured["eval_loss"], "o--", color=ORANGE, label="GIFs held out, each epoch")
     axis.set(title="Training loss", xlabel="optimizer step", ylabel="loss of the answer (nats per token)")
     axis.set_ylim(bottom=0)
+    if steps is not None:
+        axis.set_xlim(0, steps)
     axis.legend()
     return figure
 

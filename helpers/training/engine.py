@@ -107,7 +107,7 @@ class RunControl(TrainerCallback):
 
 
 class AdapterTrainer(Trainer):
-    """Trainer over a `Plan`, with checkpoints of the trainable tensors only, written whole or not at all."""
+    """Trainer over a `StepPlan`, with checkpoints of the trainable tensors only, written whole or not at all."""
 
     def __init__(self, model: nn.Module, job: Job, folder: Path):
         place, dtype = device(), compute_dtype(device())

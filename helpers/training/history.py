@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,6 @@ from tqdm.auto import tqdm
 
 from helpers.training.collective import TrainingError, mean_of
 from helpers.training.plan import StepPlan
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Recorder:
@@ -98,29 +95,23 @@ class LossDisplay:
             self.drawn = time.perf_counter()
 
     def draw(self, history: pd.DataFrame, window: int) -> None:
-        """Draw the loss curve into this cell's output, over the one before."""
+        """Draw the loss curve so far into this cell's output, over the one before, on an axis as long as the run."""
         from IPython.display import Image, display
 
+        from helpers.plots.stages import loss_curve  # pyplot takes its time, and no training needs it elsewhere
+
         picture = BytesIO()  # a bare figure is shown only where pyplot has set up the kernel
-        self.curve(history, window).savefig(picture, format="png")
+        loss_curve(history, window, steps=self.bar.total).savefig(picture, format="png")
         shown = Image(picture.getvalue(), format="png", alt="training loss by step")
         if self.handle is None:
             self.handle = display(shown, display_id=True)
         else:
             self.handle.update(shown)
 
-    def curve(self, history: pd.DataFrame, window: int) -> "Figure":
-        """Loss of each step and its mean over `window` steps, on an axis as long as the whole run."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 3), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(history["step"], history["loss"], color="0.8", linewidth=0.8, label="each step")
-        axes.plot(history["step"], history["loss"].rolling(window, min_periods=1).mean(), label=f"mean of {window}")
-        axes.set(title="Training loss", xlabel="step", ylabel="loss (nats a token)", xlim=(0, self.bar.total))
-        axes.legend()
-        return figure
-
     def close(self) -> None:
-        """End the bar."""
+        """End the bar, and take the curve away: a notebook shows the one of the whole run where it sums up."""
         self.bar.close()
+        if self.handle is not None:
+            from IPython.display import HTML
+
+            self.handle.update(HTML(""))

@@ -41,6 +41,7 @@ def reliability_figure():
 BINS = ["17-32", "33-48", "49 or more"]
 FIGURES = {
     "loss": lambda: plots.loss_curve(pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.5]})),
+    "loss so far": lambda: plots.loss_curve(pd.DataFrame({"step": [1, 2], "loss": [3.0, 2.0]}), steps=40),
     "scores": lambda: plots.scores_with_baselines(table(["main", "blind", "shuffled", "majority", "groups_1"])),
     "one task": lambda: plots.scores_with_baselines(table(["main", "majority"], ["count_mse"])),
     "types": lambda: plots.accuracy_by_type(table(["main", "blind"], ["frameqa_accuracy"], ["color", "object"])),
@@ -139,3 +140,8 @@ def test_the_features_overview_shows_cosines_without_the_mean_frame():
     expected = [[1, -1, 1], [-1, 1, -1], [1, -1, 1]]
     np.testing.assert_allclose(similarity.images[0].get_array(), expected, atol=1e-6)
     assert [tick.get_text() for tick in similarity.get_xticklabels()] == ["0.0", "0.1", "2.0"]
+
+
+def test_loss_so_far_stands_on_an_axis_as_long_as_the_run():
+    axes = FIGURES["loss so far"]().axes[0]
+    assert axes.get_xlim() == (0, 40) and axes.lines[0].get_ydata().tolist() == [3.0, 2.0]

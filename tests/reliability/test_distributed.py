@@ -74,6 +74,7 @@ def test_two_processes_do_what_one_does(tmp_path, world, make_profile):
     assert sorted(p.name for p in (tmp_path / "together").iterdir()) == [
         "checkpoints",
         "history.parquet",
+        "pace.json",
         "tensorboard",
     ]
     with pytest.MonkeyPatch.context() as patch:
