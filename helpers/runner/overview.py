@@ -55,7 +55,8 @@ def machine_table(facts: dict[str, object]) -> pd.DataFrame:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         usage = shutil.disk_usage(there)
         rows[name] = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free at {there}"
-    return pd.Series(rows, name="this machine").astype(str).to_frame()
+    told = {name: "-" if value is None else str(value) for name, value in rows.items()}
+    return pd.Series(told, name="this machine").to_frame()
 
 
 def attached_table() -> pd.DataFrame:
@@ -101,9 +102,10 @@ def stage_table(profile: Profile, run_folder: Path) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table for people: "-" where there is nothing to tell."""
-    return table.astype(object).where(table.notna(), "-")
+def state_page(stages: pd.DataFrame) -> pd.DataFrame:
+    """Return what a person reads of `stage_table`: "-" where there is nothing to tell."""
+    shown = stages.drop(columns=["expected min", "makes"])
+    return shown.astype(object).where(shown.notna(), "-")
 
 
 def gpu_hours(profile: Profile, run_folder: Path) -> tuple[quota.Budget | None, list[quota.Piece]]:

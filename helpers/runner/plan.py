@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 import nbformat
@@ -103,9 +104,9 @@ def filled_in(notebook: Path, values: Mapping[str, Any]) -> NotebookNode:
     lines = cell.source.splitlines()
     for name, node in reversed(_assignments(cell, notebook.name).items()):
         if name in values:
-            start, end = node.value, lines[node.value.end_lineno - 1]
-            tail = end.encode()[start.end_col_offset :].decode()
-            lines[node.lineno - 1 : node.value.end_lineno] = [f"{name} = {values[name]!r}{tail}"]
+            value, last = pformat(values[name], width=100, sort_dicts=False), node.value.end_lineno
+            comment = lines[last - 1].encode()[node.value.end_col_offset :].decode()
+            lines[node.lineno - 1 : last] = [f"{name} = {value}{comment}"]
     cell.source = "\n".join(lines)
     return book
 

@@ -109,7 +109,7 @@ def _state(profile: Profile, run_folder: Path) -> list[str]:
     stages = overview.stage_table(profile, run_folder)
     picture = io.BytesIO()
     overview.plot_way(stages, profile.name).savefig(picture, format="png", bbox_inches="tight")
-    return [overview.readable(stages).to_html(), image_tag(picture.getvalue(), "the stages and their states", "png")]
+    return [overview.state_page(stages).to_html(), image_tag(picture.getvalue(), "the stages and their states", "png")]
 
 
 def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
