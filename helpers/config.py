@@ -278,15 +278,25 @@ def profile_keys() -> dict[str, Any]:
     return keys
 
 
+def _before(section: str) -> dict[str, Any]:
+    """What the suite did when keys of a section did not exist, for those that declare it."""
+    fields = Profile.model_fields[section].annotation.model_fields
+    return {name: mark.before for name, field in fields.items() for mark in field.metadata if isinstance(mark, Key)}
+
+
+def before_of(key: str) -> Any:
+    """Return what was done when a profile key (`training.gpus`) did not exist; None where it declares nothing."""
+    section, _, name = key.partition(".")
+    return _before(section).get(name)
+
+
 def as_now(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section's values that an earlier version wrote as this version would have written them.
 
     Keys that no longer exist are left out, and those that did not exist then have what was done without them.
     """
-    fields = Profile.model_fields[section].annotation.model_fields
-    before = {name: mark.before for name, field in fields.items() for mark in field.metadata if isinstance(mark, Key)}
     removed = REMOVED.get(section, frozenset())
-    return before | {name: value for name, value in values.items() if name not in removed}
+    return _before(section) | {name: value for name, value in values.items() if name not in removed}
 
 
 def deciding(sections: Mapping[str, Any]) -> dict[str, Any]:

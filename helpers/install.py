@@ -53,7 +53,7 @@ def _gpus_asked_for() -> int:
     if not isinstance(given.get("overrides"), dict):
         return 1
     profile = load_profile(given.get("profile", ""), given["overrides"])
-    return max(profile.encoder.gpus, profile.training.gpus)
+    return max(getattr(section, "gpus", 1) for _, section in profile)
 
 
 PACKAGE = "gif-question-answering"  # the wheel in which the helpers come

@@ -1,8 +1,10 @@
 """What trained models say to a table of questions; `predict` is GIF question answering's."""
 
-from helpers.answers.tgif_qa import predict, save_predictions, token_batches
+from helpers.answers.tgif_qa import CHUNK, RESULT_COLUMNS, predict, save_predictions, token_batches
 
 __all__ = [
+    "CHUNK",
+    "RESULT_COLUMNS",
     "predict",
     "save_predictions",
     "token_batches",

@@ -1,4 +1,4 @@
-"""What a trained ADEM-VL answers to ScienceQA, beside baselines, as one table; and where it looks.
+"""What a trained ADEM-VL answers to ScienceQA, beside baselines, as one table.
 
 Answers are read in two ways: the letter that the model writes after "The answer is" (the official way: the likeliest
 token of the whole vocabulary), and the likeliest of the choices' letters. A written answer that is no letter of a

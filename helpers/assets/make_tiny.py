@@ -35,13 +35,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, make_world, pick, write_gif
 from helpers.gifs.decode import Limits, decode, sample_indices
+from helpers.models.parts import IGNORED
 
 PRETRAIN_SEED, GATE_SEED = 770_001, 990_001  # texts use the seeds that follow as well
 FRAMES, SIZE, GROUPS = 16, 64, 4
 PROMPT = "Question: {question}\nAnswer:"
 TIMES = ("never", "once", "twice", *(f"{n} times" for n in ("three", "four", "five", "six", "seven", "eight")))
 REST = "rest"
-IGNORED = -100
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -1,4 +1,17 @@
-"""TODO."""
+"""The schema of all corpora of GIFs: one row a question, checked as it is built, and the table of what is left out.
+
+A question is one row of `QUESTION_COLUMNS`:
+
+    question_id  str        unique over the corpus
+    gif          str        the data set's name of the GIF
+    split        str        "train" or "test"
+    task         str        one of `tasks.TASKS`
+    question     str
+    options      list[str]  the options of action and transition; empty for the other tasks
+    answer       str        text of the right option; count: the raw label as text; frameqa: the word
+    label        int        index of the right option; count: the raw label (0 is the code for "once"); frameqa: -1
+    type         str        frameqa: one of `tasks.TYPES`; empty for the other tasks
+"""
 
 from __future__ import annotations
 

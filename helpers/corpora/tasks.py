@@ -53,10 +53,12 @@ def answer_key(row: Any) -> str:
 
 
 def bare(text: str) -> str:
+    """Text of an answer for comparing: lower case, no spaces around it."""
     return str(text).strip().lower()
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities of log-probabilities [K], in float64."""
     weights = np.exp(np.asarray(scores, dtype=np.float64) - np.max(scores))
     return weights / weights.sum()
 

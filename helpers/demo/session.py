@@ -1,7 +1,4 @@
-"""The demo without its widgets: the bundle that answers, the GIFs on show, what was asked, and the panels as HTML.
-
-`helpers/demo_page.py` puts this on a page. Every text that a person or a model wrote is escaped before it enters HTML.
-"""
+"""One person's visit to the demo: the GIFs on show, what was asked about them, and its export."""
 
 from __future__ import annotations
 

@@ -1,25 +1,10 @@
 """Figures: one look, titles, labelled axes with units. Every function returns a closed figure."""
 
 from helpers.plots.answers import answer_overview, asked_gif, gallery
-from helpers.plots.look import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    STYLE,
-    image_tag,
-    new_figure,
-    percent_text,
-    require_rows,
-    save_figure,
-)
+from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, TASK_LABELS, image_tag, save_figure
 from helpers.plots.stages import features_overview, frames_overview, loss_curve
 from helpers.plots.tgif_qa import (
     TASK_COLORS,
-    TASK_LABELS,
     VARIANT_COLORS,
     VARIANT_LABELS,
     accuracy_by_length,
@@ -52,10 +37,7 @@ __all__ = [
     "groups_comparison",
     "image_tag",
     "loss_curve",
-    "new_figure",
-    "percent_text",
     "reliability",
-    "require_rows",
     "save_figure",
     "scores_with_baselines",
 ]

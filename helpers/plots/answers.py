@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from helpers.plots.look import BLUE, GREEN, ORANGE, RED, SKY, STYLE, new_figure, percent_text, require_rows
-from helpers.plots.tgif_qa import TASK_LABELS
+from helpers.corpora.tasks import target_answer
+from helpers.plots.look import BLUE, GREEN, ORANGE, RED, SKY, STYLE, TASK_LABELS, new_figure, percent_text, require_rows
 
 
 @plt.rc_context(STYLE)
@@ -48,7 +48,7 @@ def gallery(examples: pd.DataFrame, frames: Sequence[np.ndarray], per_row: int =
 def _caption(row, mark: str, width: int) -> str:
     """Lines above a strip: question, options where there are any, and the answers; long texts are cut."""
     # A dollar sign would start mathematical text.
-    answer = str(max(int(row.label), 1)) if row.task == "count" else row.answer
+    answer = target_answer(row.task, row.answer, row.label)
     question = shorten(f"{TASK_LABELS[row.task]}: {row.question}", 2 * width, placeholder=" ...")
     lines = wrap(question, width)
     if len(row.options):
@@ -142,7 +142,7 @@ def asked_gif(
     draw, top = ImageDraw.Draw(panel), margin
     step = (side - margin) / len(rows)
     for row in rows.itertuples():
-        truth = str(max(int(row.label), 1)) if row.task == "count" else row.answer
+        truth = target_answer(row.task, row.answer, row.label)
         right = str(row.prediction) == truth
         draw.text((margin, top), shorten(row.question, 54, placeholder=" ..."), "black", plain)
         said = f"{row.prediction} ({100 * row.confidence:.0f} %)" + ("" if right else f", but it is {truth}")

@@ -21,6 +21,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#56B4E9",
     "#7F7F7F",
 )
+TASK_LABELS = {"frameqa": "FrameQA", "action": "Action", "transition": "Transition", "count": "Count"}
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 130,
@@ -51,11 +52,13 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def require_rows(table: Sized, what: str) -> None:
+    """Raise ValueError if a table has nothing to draw; what: of which it has none."""
     if not len(table):
         raise ValueError(f"nothing to draw: the table has no {what}")
 
 
 def percent_text(share: float) -> str:
+    """Write a share as whole percent, which a line break never parts from its sign."""
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"  # a title is not broken between the two
 
 

@@ -1,6 +1,6 @@
 """Figures of notebook 05: how ADEM-VL is built, example questions, scores, ablations, and where it looks.
 
-Every function returns a closed matplotlib `Figure`, in the look of helpers/plots.py.
+Every function returns a closed matplotlib `Figure`, in the look of plots/look.
 """
 
 from __future__ import annotations

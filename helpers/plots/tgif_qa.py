@@ -9,12 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, new_figure, require_rows
+from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, TASK_LABELS, new_figure, require_rows
 
 VARIANT_COLORS = {"main": BLUE, "blind": ORANGE, "shuffled": PURPLE, "majority": GREY}
 VARIANT_LABELS = {"main": "model", "blind": "blind (no video)", "shuffled": "shuffled GIFs", "majority": "majority"}
 TASK_COLORS = {"frameqa": BLUE, "action": GREEN, "transition": RED, "count": PURPLE}
-TASK_LABELS = {"frameqa": "FrameQA", "action": "Action", "transition": "Transition", "count": "Count"}
 
 
 def _task(metric: str) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helpers.config import ConfigError
-from helpers.corpora.shapes import write_own_gifs
-from helpers.plots.look import save_figure
 from helpers.runner import quota
 from helpers.runner.outcome import DONE
 from helpers.runner.plan import make_plan, run_parser
@@ -124,6 +122,8 @@ def make_shapes(arguments: Sequence[str]) -> int:
         parser.error("--seed, --train and --test must not be negative, and there must be at least one GIF")
     if args.train % 2 or args.test % 2:
         parser.error("--train and --test must be even: GIFs come in pairs that answer the same questions differently")
+    from helpers.corpora.shapes import write_own_gifs
+
     write_own_gifs(args.out, seed=args.seed, train=args.train, test=args.test)
     print(f"Wrote {args.train + args.test} GIFs and their questions to {args.out}")
     print(f"Use them: ./run_all.sh --gifs {shlex.quote(str(args.out))} --qa {shlex.quote(str(args.out / 'qa.csv'))}")
@@ -146,6 +146,8 @@ def show_quota(arguments: Sequence[str]) -> int:
     costly, now = [forecast for forecast in forecasts if forecast.gpu], time.time()
     print(f"\n{quota.outlook(costly, found, now)}")
     if args.figure:
+        from helpers.plots.look import save_figure  # pyplot takes its time
+
         pieces = quota.plan_sessions(costly, found, now)
         print("Figure:", save_figure(quota.quota_weeks(pieces, found.total / 3600, found.refresh), args.figure))
     return DONE

@@ -1,14 +1,14 @@
 """What notebook 00 shows: the machine and its faults, packages, attached inputs, GPU-hours, and how far a run is."""
 
+from __future__ import annotations
+
 import shutil
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -19,6 +19,9 @@ from helpers.stage.suite import load_suite, needs_gpu, suite_file
 from helpers.workspace.inputs import attached_name, attached_paths
 from helpers.workspace.machine import gpus
 from helpers.workspace.place import platform, repo_root, runs_root, scratch_root
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATES = {"done": "#2a9d57", "partial": "#e9a23b", "not done": "#b8c0c8"}
 
@@ -124,6 +127,9 @@ def gpu_hours(profile: Profile, run_folder: Path) -> tuple[quota.Budget | None, 
 
 def plot_way(stages: pd.DataFrame, profile_name: str) -> Figure:
     """Draw the stages one after another over expected minutes, coloured by state."""
+    from matplotlib import pyplot as plt  # takes its time, and every command loads this room
+    from matplotlib.patches import Patch
+
     minutes = stages["expected min"].fillna(1.0)
     starts = minutes.cumsum() - minutes
     figure, axes = plt.subplots(figsize=(9, 0.6 * len(stages) + 1.6))
@@ -140,7 +146,7 @@ def plot_way(stages: pd.DataFrame, profile_name: str) -> Figure:
     axes.set_xlim(0, 1.18 * minutes.sum())
     axes.set_xlabel("expected time from the start (minutes)")
     axes.set_ylabel("stage")
-    axes.set_title(f"The way from GIFs to scores, profile {profile_name}")
+    axes.set_title(f"The way ahead, profile {profile_name}")
     handles = [Patch(color=color, label=state) for state, color in STATES.items()]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 0))
     figure.tight_layout()

@@ -275,7 +275,7 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
             parameters[spec.name][name] = parse_parameter(name, text, own[spec.name][name])
     profile_name = str(Path(args.profile).resolve()) if args.profile.endswith((".yaml", ".yml")) else args.profile
     profile = load_profile(profile_name, overrides)
-    if args.bundle:
+    if any(spec.options.get(spec.copies) == "bundle" for spec in specs if args.bundle):
         _require_bundle(Path(args.bundle).expanduser(), profile)
     run = args.run or profile.name
     if not args.run and args.gifs:

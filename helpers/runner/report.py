@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import nbformat
 import pandas as pd
 
 from helpers.config import Profile
-from helpers.plots.look import image_tag
 from helpers.runner import overview
 from helpers.stage.manifest import find_stage, read_manifest
 from helpers.stage.suite import Suite
@@ -59,7 +59,8 @@ def print_scores(suite: Suite, run_folder: Path) -> None:
 
 def _text(value: Any) -> str:
     """Escape a value for HTML; numbers get four significant digits."""
-    return html.escape("-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+    nothing = value is None or (isinstance(value, float) and math.isnan(value))
+    return html.escape("-" if nothing else f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
 def _pairs(values: dict[str, Any]) -> str:
@@ -75,11 +76,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _figures(notebook: Path) -> list[str]:
+def _figures(notebook: Path, without: str = "") -> list[str]:
     """Return the pictures and tables of an executed notebook as HTML, each under the heading that stands before it.
 
-    A stage that came without its notebook, as from Kaggle, shows the figures that it saved.
+    without: a heading whose pictures and tables are left out. A stage that came without its notebook, as from Kaggle,
+    shows the figures that it saved.
     """
+    from helpers.plots.look import image_tag  # pyplot takes its time, and every command loads this room
+
     parts, heading = [], ""
     if not notebook.is_file():
         saved = sorted((notebook.parent / "figures").glob("*.png"))
@@ -97,6 +101,8 @@ def _figures(notebook: Path) -> list[str]:
                 parts.append((heading, data["text/html"]))
     shown, last = [], ""
     for heading, part in parts:
+        if heading == without:
+            continue
         if heading != last:
             shown.append(f"<h3>{html.escape(heading)}</h3>")
         last = heading
@@ -106,6 +112,8 @@ def _figures(notebook: Path) -> list[str]:
 
 def _state(profile: Profile, run_folder: Path) -> list[str]:
     """How far the run is now, as HTML: notebook 00 itself was executed at the beginning."""
+    from helpers.plots.look import image_tag
+
     stages = overview.stage_table(profile, run_folder)
     picture = io.BytesIO()
     overview.plot_way(stages, profile.name).savefig(picture, format="png", bbox_inches="tight")
@@ -124,16 +132,14 @@ def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
         manifest = read_manifest(folder)
         if manifest is not None:
             stages[spec.name] = (spec, folder, manifest)
-    body = [f"<h1>GIF question answering: run {_text(run_folder.name)}</h1>"]
-    body.append(f"<p>Profile {_text(profile.name)}, corpus {_text(profile.data.corpus)}.</p><h2>Scores</h2>")
+    body = [f"<h1>Run {_text(run_folder.name)}</h1>"]
+    body.append(f"<p>Profile {_text(profile.name)}.</p><h2>Scores</h2>")
     for title, table in scores.items():
         body.append(f"<h3>{html.escape(title)}</h3>{table.to_html(float_format='%.3f', na_rep='-')}")
-    body.append(
-        "<p>Blind, text-only: the same model trained without the video or image. Shuffled: each replaced by another "
-        "one. Majority: the commonest answer. A model that looks stands well clear of all three.</p>"
-        if scores
-        else "<p>Not evaluated yet.</p>"
-    )
+    notes = dict.fromkeys(spec.scores.note for spec in suite.stages if spec.scores and spec.scores.title in scores)
+    body += [f"<p>{html.escape(note)}</p>" for note in notes if note]
+    if not scores:
+        body.append("<p>Not evaluated yet.</p>")
     body.append("<h2>Stages</h2><table><tr><th>stage</th><th>status</th><th>seconds</th><th>finished</th></tr>")
     for name, (_, folder, manifest) in stages.items():
         link = f"{folder.name}/{name}.ipynb" if folder.parent == run_folder else f"../{folder.parent.name}/{name}"
@@ -143,9 +149,13 @@ def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
     body.append("</table>")
     for name, (spec, folder, manifest) in stages.items():
         body.append(f"<h2>{html.escape(spec.title)}</h2><p>{html.escape(spec.about)}</p>")
-        body += _state(profile, run_folder) if spec.overview else _figures(folder / f"{name}.ipynb")
+        if spec.overview:  # executed at the beginning, but read at the end
+            body += _state(profile, run_folder)
+        body += _figures(folder / f"{name}.ipynb", without=spec.overview)
+        if spec.prompt:
+            section, _, key = spec.prompt.partition(".")
+            body.append(f"<h3>Prompt</h3><pre>{_text(getattr(getattr(profile, section), key))}</pre>")
         body.append(f"<details><summary>All metrics</summary>{_pairs(_flat(manifest['metrics']))}</details>")
-    body.append(f"<h2>Prompt</h2><pre>{html.escape(profile.language_model.prompt)}</pre>")
     body.append(f"<h2>Profile</h2>{_pairs(_flat(profile.model_dump()))}")
     if stages:
         last = list(stages.values())[-1][2]

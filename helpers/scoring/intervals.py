@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 DRAWN_AT_ONCE = 4_000_000  # numbers of a bootstrap held in memory at once (32 MB)
 
@@ -47,5 +46,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval by Student's t; infinite for a single value."""
     if len(values) < 2:
         return float(values.mean()), math.inf
-    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    from scipy.stats import t  # takes a second to load, which a command line would feel
+
+    quantile = float(t.ppf(0.975, len(values) - 1))
     return float(values.mean()), quantile * float(values.std(ddof=1)) / math.sqrt(len(values))

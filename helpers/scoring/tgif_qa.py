@@ -1,8 +1,7 @@
-"""Answers for a table of questions, the metrics computed from them, baselines, intervals and calibration.
+"""Scores of GIF question answering, from one table of predictions: metrics, intervals, breakdowns, calibration.
 
-`predict` asks a model; `join_variants` puts the answers of the model, of its blind twin, with shuffled GIFs and so on
-side by side, one row a question. Everything after that (`metrics`, `metric_table`, `breakdown`, `calibration`) reads
-that one table, so a saved predictions.parquet is enough to compute every score again.
+`join_variants` puts the answers of the model, of its blind twin, with shuffled GIFs and so on side by side, one row a
+question. All else reads that table alone, so a saved predictions.parquet is enough to compute every score again.
 
 Conventions are those of TGIF-QA's official evaluator (github.com/YunseokJANG/tgif-qa) and stand in `CONVENTIONS`.
 """

@@ -7,10 +7,11 @@ found by their marker files and never by the name of a notebook or data set.
 import json
 import shutil
 import tarfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from helpers.workspace.disk import file_sha256
+from helpers.workspace.disk import LEFTOVERS, file_sha256
 from helpers.workspace.inputs import attached_paths
 
 MOUNT_DEPTH = 3  # folders at most between the inputs' folder and what one source carries: notebooks/owner/slug
@@ -56,7 +57,7 @@ def take_over(run: str, name: str, folder: Path) -> bool:
     if source is None:
         return False
     if source in own:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", LEFTOVERS))
         return True
     note = _read_handover(source)
     archive = source / Path(note["archive"]).name
@@ -74,6 +75,11 @@ def holds_work(folder: Path) -> bool:
     )
 
 
+def _passing(path: Path) -> bool:
+    """Whether a file is of one process only: its lock, or what it has not written to the end."""
+    return path.name == ".lock" or any(fnmatch(part, LEFTOVERS) for part in path.parts)
+
+
 def pack(run: str, name: str, folder: Path, target: Path) -> None:
     """Write a stage's unfinished work as the files of a data set that `take_over` understands into `target`.
 
@@ -82,7 +88,7 @@ def pack(run: str, name: str, folder: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     archive = target / "work.bin"
     with tarfile.open(archive, "w") as content:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and not _passing(path)):
             content.add(path, path.relative_to(folder).as_posix(), recursive=False)
     note = {"stage": [run, name], "archive": archive.name, "sha256": file_sha256(archive)}
     (target / HANDOVER).write_text(json.dumps(note, indent=1), encoding="utf-8")

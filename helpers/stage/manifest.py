@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers.config import PACING, Profile, deciding
+from helpers.config import PACING, Profile, before_of, deciding
 from helpers.stage.attached import attached_stage
 from helpers.stage.suite import StageError, StageSpec
 from helpers.workspace.inputs import attached_paths
@@ -128,8 +128,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name every setting that differs and decides the result; `old` may be of an earlier version of the suite."""
-    ours, theirs = ({**settings, "profile": deciding(settings.get("profile") or {})} for settings in (new, old))
-    return differences(theirs, ours)
+    ours, theirs = (deciding(settings.get("profile") or {}) for settings in (new, old))
+    theirs |= {name: before_of(name) for name in ours.keys() - theirs.keys() if "." in name}
+    return differences({**old, "profile": theirs}, {**new, "profile": ours})
 
 
 def check_conflict(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from helpers.stage.manifest import (
 )
 from helpers.stage.pace import DeadlineReached, deadline, own_pace
 from helpers.stage.suite import StageError, StageSpec, load_suite, needs_gpu, suite_file
-from helpers.workspace.disk import write_json
+from helpers.workspace.disk import clear_leftovers, write_json
 from helpers.workspace.faults import refuse_known_bad
 from helpers.workspace.machine import machine, package_versions
 from helpers.workspace.place import platform, runs_root
@@ -99,6 +99,7 @@ class Stage:
         if not self._spec.always:  # what only shows the present state may be open several times at once
             hold_lock(self.folder / ".lock", f"{name} of run {self._run_folder.name!r}", LOCK_PATIENCE)
             check_conflict(self.folder, self._settings)
+            clear_leftovers(self.folder)
         if set(self._settings["inputs"]) == set(self._spec.inputs):
             write_json(self.folder / "started.json", self._settings)
         self._before = (read_manifest(self.folder) or {"seconds": 0.0})["seconds"]

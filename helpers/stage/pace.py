@@ -52,6 +52,11 @@ def note_pace(folder: Path, unit: str, done: int, seconds: float, left: int, fol
     write_json(file, list(paces.values()))
 
 
+def _speed(seconds: float) -> str:
+    """Say how fast pieces are that take so many seconds each."""
+    return f"at {1 / seconds:.1f} a second" if seconds <= 10 else f"of {seconds:.0f} s each"
+
+
 def own_pace(folder: Path) -> tuple[float, str] | None:
     """Forecast the seconds that a stage still takes from the steps that it has done, in words too.
 
@@ -69,9 +74,7 @@ def own_pace(folder: Path) -> tuple[float, str] | None:
         return None
     slowest = max(known.values())  # of a unit that has not begun no more is known
     told = [
-        f"{pace['left']:,} {unit} at {1 / known.get(unit, slowest):.1f} a second"
-        for unit, pace in paces.items()
-        if pace["left"]
+        f"{pace['left']:,} {unit} {_speed(known.get(unit, slowest))}" for unit, pace in paces.items() if pace["left"]
     ]
     seconds = sum(pace["left"] * known.get(unit, slowest) for unit, pace in paces.items())
     return seconds + START_UP_SECONDS, ", ".join(told)

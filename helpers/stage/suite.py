@@ -26,6 +26,7 @@ class Scores(BaseModel):
     title: str
     rows: dict[str, str]
     columns: dict[str, str] = Field(default={"": "value"})
+    note: str = ""
 
 
 class StageSpec(BaseModel):
@@ -48,7 +49,8 @@ class StageSpec(BaseModel):
     contract: int
     default: bool = True
     always: bool = False
-    overview: bool = False  # shows how far the run is: the report draws that anew
+    overview: str = ""  # heading under which it shows how far the run is: the report draws that anew
+    prompt: str = ""  # profile key of the prompt that the report shows
     gpu: bool = False
     probe: bool = False
     push_if_named: list[str] = Field(default_factory=list)

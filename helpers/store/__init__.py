@@ -1,25 +1,29 @@
 """The tables on disk, all in Lance: frame shards (notebook 01), the feature table (notebook 02), their readers."""
 
 from helpers.store.encoding import Cached, GroupPlan, cache_features
-from helpers.store.features import FeatureTable, feature_row, feature_schema, upsert_features
+from helpers.store.features import FeatureTable, feature_schema, upsert_features
 from helpers.store.frames import FrameTable, decompressed, frames_key
 from helpers.store.shards import FRAME_SCHEMA, JOURNAL_SCHEMA, SOURCE_COLUMNS, Sharded, shard_gifs
 from helpers.store.tables import (
+    BATCH_GIFS,
+    BATCH_SECONDS,
+    CONTRACT_VERSION,
     QUESTION_SCHEMA,
+    SORT_GIFS,
     StoreError,
-    digest_of,
     keep,
-    open_table,
     read_questions,
-    write_parquet,
     write_questions,
-    write_sorted,
 )
 
 __all__ = [
+    "BATCH_GIFS",
+    "BATCH_SECONDS",
+    "CONTRACT_VERSION",
     "FRAME_SCHEMA",
     "JOURNAL_SCHEMA",
     "QUESTION_SCHEMA",
+    "SORT_GIFS",
     "SOURCE_COLUMNS",
     "Cached",
     "FeatureTable",
@@ -29,16 +33,11 @@ __all__ = [
     "StoreError",
     "cache_features",
     "decompressed",
-    "digest_of",
-    "feature_row",
     "feature_schema",
     "frames_key",
     "keep",
-    "open_table",
     "read_questions",
     "shard_gifs",
     "upsert_features",
-    "write_parquet",
     "write_questions",
-    "write_sorted",
 ]

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from helpers.stage.pace import PACE_FILE, DeadlineReached, probe_steps
+from helpers.stage.pace import PACE_FILE, DeadlineReached, note_pace, probe_steps
 from helpers.store.features import feature_row, feature_schema, upsert_features
 from helpers.store.frames import FrameTable, decompressed
 from helpers.store.tables import BATCH_GIFS, BATCH_SECONDS, StoreError, open_table, write_sorted
-from helpers.workspace.disk import folder_bytes, put_in_place, require_disk, write_json
+from helpers.workspace.disk import folder_bytes, put_in_place, require_disk
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +155,7 @@ class GroupPlan:
         return range(batch * self.batch_groups, min((batch + 1) * self.batch_groups, self.total))
 
     def groups_in(self, batches: Sequence[int]) -> int:
+        """Number of groups in some batches."""
         return sum(len(self.groups(batch)) for batch in batches)
 
     def gif(self, group: int) -> int:
@@ -197,8 +198,7 @@ def _encode_missing(
                 finished, committed = [], time.monotonic()
             if (time.monotonic() > ends or number >= last) and progress.n < progress.total:
                 upsert_features(path, finished, schema)
-                pace = {"unit": "groups", "done": progress.n, "seconds": time.monotonic() - started}
-                write_json(path.with_name(PACE_FILE), [pace | {"left": progress.total - progress.n}])
+                note_pace(path.parent, "groups", progress.n, time.monotonic() - started, progress.total - progress.n)
                 raise DeadlineReached(f"time is up: {progress.n:,} of {progress.total:,} groups are encoded and kept")
         upsert_features(path, finished, schema)
 

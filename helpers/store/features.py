@@ -28,6 +28,7 @@ def feature_schema(dim: int, frames_key: str) -> pa.Schema:
 
 
 def feature_row(row: dict[str, Any], parts: list[np.ndarray], encoder_key: str) -> dict[str, Any]:
+    """One row of the feature table: a frame row's facts and the embeddings of all its views, one after another."""
     times = np.asarray(row["frame_times_ms"], dtype=np.float32)
     return {
         "gif_sha256": row["gif_sha256"],

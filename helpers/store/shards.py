@@ -1,11 +1,9 @@
-"""The tables on disk, all in Lance: frame shards (notebook 01), the feature table (notebook 02), and their readers.
+"""Frame shards, made: GIFs become numbered tables of sampled, cropped frames (notebook 01).
 
-Both stages are written for a machine that may die at any moment. Work goes first into an unfinished table that is
-appended to, or upserted, in batches keyed by GIF; each write is one atomic commit, so a killed run loses one batch at
-most. A finished table is the unfinished one sorted by `gif_sha256`, written beside it and then renamed, and has the
-same rows and values as one that was never interrupted.
-
-Lance is not fork-safe: GIFs are decoded in spawned processes, which never open a table.
+Written for a machine that may die at any moment. Work goes first into an unfinished table that is appended to in
+batches keyed by GIF; each write is one atomic commit, so a killed run loses one batch at most. A finished table is the
+unfinished one sorted by `gif_sha256` and put in its place whole: it has the same rows and values as one that was never
+interrupted.
 """
 
 import json
@@ -23,6 +21,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from helpers.corpora.schema import Corpus, reject_table
+from helpers.stage.manifest import differences
 from helpers.stage.pace import DeadlineReached
 from helpers.store.frames import frames_key
 from helpers.store.tables import (
@@ -154,11 +153,9 @@ def _claim(frames: Path, settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(settings, indent=1, sort_keys=True))
         return
     theirs = json.loads(path.read_text())
-    changed = [key for key in sorted({*theirs, *settings}) if theirs.get(key) != settings.get(key)]
-    if changed:
-        listed = "; ".join(f"{key}: {theirs.get(key)!r} there, {settings.get(key)!r} now" for key in changed)
+    if changed := differences(theirs, settings):
         raise StoreError(
-            f"{frames} holds shards made with other settings or of other GIFs ({listed}). "
+            f"{frames} holds shards made with other settings or of other GIFs ({'; '.join(changed)}). "
             "Use another run name, or run this stage with --force to make them anew."
         )
 

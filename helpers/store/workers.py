@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def is_url(source: str) -> bool:
+    """Whether a GIF's source is an address to fetch it from."""
     return source.startswith(("http://", "https://"))
 
 

@@ -85,6 +85,7 @@ class RunControl(TrainerCallback):
         self.save_seconds = 3 * size / SLOW_DISK  # the tensors and Adam's two moments
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Log, evaluate at the end of an epoch, and ask for a save or the end where the clock or a signal wants it."""
         trainer, step = self.trainer, state.global_step
         if step % self.job.log_steps == 0 or step == len(trainer.plan):
             trainer.log_history_so_far(self.job.log_steps)
@@ -102,6 +103,7 @@ class RunControl(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
+        """Note how long a save took."""
         now = time.perf_counter()
         self.save_seconds, self.saved, self.last = now - self.last, now, now
 

@@ -109,9 +109,9 @@ class LossDisplay:
             self.handle.update(shown)
 
     def close(self) -> None:
-        """End the bar, and take the curve away: a notebook shows the one of the whole run where it sums up."""
+        """End the bar, and take a finished run's curve away: a notebook shows it where it sums up."""
         self.bar.close()
-        if self.handle is not None:
+        if self.handle is not None and self.bar.n == self.bar.total:
             from IPython.display import HTML
 
             self.handle.update(HTML(""))

@@ -1,7 +1,9 @@
 """Where the suite runs and what it may use there: places, machine, disk, weights."""
 
 from helpers.workspace.disk import (
+    LEFTOVERS,
     DiskFull,
+    clear_leftovers,
     file_sha256,
     folder_bytes,
     free_gigabytes,
@@ -52,6 +54,7 @@ __all__ = [
     "KAGGLE_INPUT",
     "KAGGLE_SCRATCH",
     "KAGGLE_WORKING",
+    "LEFTOVERS",
     "MARGIN_SECONDS",
     "PACKAGES",
     "SECRETS",
@@ -60,6 +63,7 @@ __all__ = [
     "DiskFull",
     "Gpu",
     "ModelNotFound",
+    "clear_leftovers",
     "compute_dtype",
     "default_profile",
     "device",

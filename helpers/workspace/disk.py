@@ -1,6 +1,5 @@
 """Files and disks: room for what comes, hashes and sizes, and writes that are whole or not at all."""
 
-import glob
 import hashlib
 import json
 import os
@@ -9,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LEFTOVERS = ".*.tmp"  # names of what `whole` has not put in its place yet
 
 
 class DiskFull(OSError):
@@ -44,12 +45,8 @@ def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path for what is to stand at `path`, file or folder, and put it there when it is all written.
 
     Readers see the old one or the new one, never a part. The temporary path lies beside `path` and bears this process's
-    number, so that processes do not write over each other; what one that died left behind is cleared away.
+    number, so that processes do not write over each other; `clear_leftovers` removes what one that died left behind.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        writer = left.name.split(".")[-2]
-        if writer.isdigit() and not _alive(int(writer)):
-            remove(left)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remove(temporary)
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +55,14 @@ def whole(path: Path) -> Iterator[Path]:
         put_in_place(temporary, path)
     finally:
         remove(temporary)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what processes that died in the middle of `whole` left below a folder."""
+    for left in folder.rglob(LEFTOVERS):
+        writer = left.name.split(".")[-2]
+        if writer.isdigit() and not _alive(int(writer)):
+            remove(left)
 
 
 def _alive(process: int) -> bool:

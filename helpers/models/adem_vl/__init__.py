@@ -1,4 +1,4 @@
-"""ADEM-VL (Hao et al., arXiv 2410.17779; code: github.com/Hao840/ADEM-VL) on stock Llama and CLIP."""
+"""ADEM-VL (Hao et al., arXiv 2410.17779): its configuration, layers, sequences and the model itself."""
 
 from helpers.config import PLACEMENTS
 from helpers.models.adem_vl.config import (

@@ -138,6 +138,7 @@ def fit_scales(scales: Sequence[int] | None, grid: int) -> tuple[int, ...]:
 
 
 def hf_config(config: PreTrainedConfig | dict[str, Any], name: str) -> PreTrainedConfig:
+    """Return an HF config, also of its dict; of a whole CLIP or SigLIP that of its vision tower."""
     if isinstance(config, dict):
         if "model_type" not in config:
             raise AdemVLError(f"{name} is a dict without model_type; give an HF config or its to_dict()")

@@ -1,25 +1,28 @@
 """The GIF question answering model: its forward passes, its bundles, and one call to ask it."""
 
-from helpers.corpora.tasks import asks_for_count
-from helpers.models.gif_qa.ask import Answer, GifQA, check_question
+from helpers.corpora.tasks import COUNTS, asks_for_count
+from helpers.models.gif_qa.ask import HIDDEN_AT_ONCE, Answer, GifQA, check_question
 from helpers.models.gif_qa.bundle import load_bundle, load_encoder, read_bundle
 from helpers.models.gif_qa.model import (
     BUNDLE_FORMAT,
     CANDIDATE_TOKENS,
-    COUNTS,
     MAX_NEW_TOKENS,
+    WORDS_AT_ONCE,
     GifQAModel,
     adapter_tensors,
 )
-from helpers.models.language import adapter_config, load_language_model
+from helpers.models.language import FEED_FORWARD_OUTPUTS, adapter_config, load_language_model
 from helpers.models.parts import IGNORED, BundleError
 
 __all__ = [
     "BUNDLE_FORMAT",
     "CANDIDATE_TOKENS",
     "COUNTS",
+    "FEED_FORWARD_OUTPUTS",
+    "HIDDEN_AT_ONCE",
     "IGNORED",
     "MAX_NEW_TOKENS",
+    "WORDS_AT_ONCE",
     "Answer",
     "BundleError",
     "GifQA",

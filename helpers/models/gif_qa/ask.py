@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from helpers.corpora.tasks import asks_for_count
+from helpers.corpora.tasks import COUNTS, asks_for_count, round_count
 from helpers.gifs.decode import Limits, decode, read_gif
 from helpers.models.gif_qa.bundle import load_bundle, load_encoder, read_bundle
-from helpers.models.gif_qa.model import COUNTS, GifQAModel
+from helpers.models.gif_qa.model import GifQAModel
 from helpers.models.parts import inference
 from helpers.models.xclip import FrameEncoder
 from helpers.workspace.machine import compute_dtype
@@ -195,5 +194,4 @@ def _choose(probabilities: np.ndarray, count: bool) -> int:
     """Which candidate is the answer, by the rule of the evaluation: TGIF-QA scores counts by squared error."""
     if not count:
         return int(probabilities.argmax())
-    expectation = float(probabilities @ np.arange(1, len(COUNTS) + 1))
-    return min(max(math.floor(expectation + 0.5), 1), len(COUNTS)) - 1
+    return round_count(float(probabilities @ np.arange(1, len(COUNTS) + 1))) - 1

@@ -44,7 +44,6 @@ BUNDLE_FORMAT = 1  # raise when an older bundle can no longer be read
 CANDIDATE_TOKENS = 512  # candidate tokens scored behind one prefix in one row; more get a row of their own
 WORDS_AT_ONCE = 32  # of a closed vocabulary, scored in one pass for each prompt
 MAX_NEW_TOKENS = 24  # an answer is a word, a number or a short phrase
-COUNTS = [str(number) for number in range(1, 11)]  # TGIF-QA: predictions are clipped to 1..10
 
 
 class GifQAModel(nn.Module):
@@ -107,6 +106,7 @@ class GifQAModel(nn.Module):
         return model.to(device)
 
     def attach_video(self, mit: MaskedMIT, video_dim: int) -> None:
+        """Put an MIT and a fresh connector to the language model's width in front of it."""
         embedding = self.language_model.get_input_embeddings().weight
         self.mit = mit.float().requires_grad_(self.profile.connector.train_mit)
         self.connector = build_connector(
@@ -255,6 +255,7 @@ class GifQAModel(nn.Module):
     def decode(
         self, prompts: Sequence[Sequence[int]], video: tuple[Tensor, Tensor] | None, num_beams: int, returned: int
     ) -> list[list[str]]:
+        """Texts of the `returned` best beams of each prompt; `video` as of `video_input`."""
         embeddings, mask = self._prefix(prompts, video, left=True)
         self._require_room(embeddings.shape[1] + MAX_NEW_TOKENS)
         tokens = self.language_model.generate(
@@ -459,6 +460,7 @@ class GifQAModel(nn.Module):
         return folder
 
     def video_tensors(self) -> dict[str, Tensor]:
+        """Connector and MIT under the names of connector.safetensors."""
         states = {"connector": self.connector.state_dict(), "mit": self.mit.state_dict()}
         return on_cpu({f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()})
 

@@ -21,8 +21,8 @@ from helpers.stage.suite import StageSpec
 from helpers.workspace.place import runs_root
 
 PUSH = """Push the stages as Kaggle notebooks, in order, wait for them and fetch what they make. The run is called
-kaggle, or kaggle-PROFILE. --from may name no stage that reads an earlier one; in full size, 05 is pushed only where
---only names it."""
+kaggle, or kaggle-PROFILE. --from may name no stage that reads an earlier one; stages that suite.yaml
+wants named are pushed only where --only or --from names them."""
 UNTIL = "stop watching at HH:MM or in so many minutes, with exit code 75"
 
 
@@ -31,7 +31,7 @@ def push_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run_all.sh kaggle push", description=PUSH, allow_abbrev=False)
     add_common(parser, profile="kaggle")
     add = parser.add_argument
-    words = "data set with GIFs or questions for 01, or ScienceQA for 05; may be repeated"
+    words = "data set for the stages that read data: GIFs, questions, ScienceQA; may be repeated"
     add("--attach", action="append", default=[], metavar="OWNER/DATASET", help=words)
     add("--wheels", action="store_true", help="send wheels of what Kaggle lacks along: notebooks need no internet")
     add("--session", type=float, default=12.0, metavar="HOURS", help="time limit of each session (default: 12)")

@@ -19,7 +19,7 @@ from helpers.runner.plan import RunPlan, filled_in
 from helpers.runner.quota.forecasts import PROBE_STEPS
 from helpers.stage.manifest import code_version
 from helpers.stage.suite import StageSpec, model_of
-from helpers.workspace.disk import write_json
+from helpers.workspace.disk import file_sha256, write_json
 from helpers.workspace.place import repo_root
 
 GPU = "NvidiaTeslaT4"  # two T4s, the only GPUs for everyone; enable_gpu alone no longer says which GPU comes
@@ -118,7 +118,7 @@ def build_helpers(folder: Path, ref: str, packages: Sequence[str] = ()) -> str:
     _pip("wheel", "--no-deps", *isolation, "--wheel-dir", str(folder), str(repo_root()))
     if packages:
         _pip("download", "--no-deps", "--only-binary=:all:", *WHEEL_TAGS, "--dest", str(folder), *packages)
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.whl"))}
+    files = {path.name: file_sha256(path) for path in sorted(folder.glob("*.whl"))}
     write_json(folder / MARKER, {"code": code_version(), "files": files})
     write_json(folder / "dataset-metadata.json", dataset_metadata(ref))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""`run_all.sh kaggle`: the suite's stages as Kaggle notebooks, pushed in order, watched, fetched, and resumed.
+"""One run of the suite on Kaggle: its stages pushed in order, watched, fetched, handed over and resumed.
 
 Each stage is one Kaggle notebook that attaches the outputs of the stages that it reads, and the helpers as a data set.
 Kaggle attaches the newest run without an error, whatever version is asked for; so every stage's manifest is compared
@@ -493,6 +493,7 @@ def _lacking(wanted: dict[str, Any], found: Any) -> list[str]:
 
 @contextlib.contextmanager
 def alone_in(lock: Path, what: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock while what is inside runs; raises StageError if another process keeps it beyond `patience`."""
     hold_lock(lock, what, patience)
     try:
         yield

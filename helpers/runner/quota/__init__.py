@@ -14,7 +14,7 @@ from helpers.runner.quota.budgets import (
     timestamp,
     week,
 )
-from helpers.runner.quota.figure import STAGE_COLORS, quota_weeks
+from helpers.runner.quota.figure import quota_weeks
 from helpers.runner.quota.forecasts import (
     PROBE_STEPS,
     USEFUL_SECONDS,
@@ -52,7 +52,6 @@ __all__ = [
     "FIRST_REFRESH",
     "HOUR",
     "PROBE_STEPS",
-    "STAGE_COLORS",
     "START_UP_SECONDS",
     "USEFUL_SECONDS",
     "WEEK",

@@ -1,24 +1,35 @@
 """The picture of the weeks that a plan takes."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
-from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, new_figure, require_rows
 from helpers.runner.quota.forecasts import Piece, session_hours
 from helpers.runner.quota.ledger import WEEK
 
-STAGE_COLORS = (SKY, BLUE, GREEN, PURPLE, ORANGE, RED)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-@plt.rc_context(STYLE)
 def quota_weeks(pieces: Sequence[Piece], weekly_hours: float, refresh: float) -> Figure:
     """Sessions of a plan (`plan_sessions`), a row a week from its first hour on, above the GPU-hours of each week.
 
     weekly_hours: the quota. refresh: any time at which it is refreshed (seconds since 1970).
     """
+    from matplotlib.pyplot import rc_context
+
+    from helpers.plots.look import STYLE  # pyplot takes its time, and the face of this wing is loaded by every command
+
+    with rc_context(STYLE):
+        return _draw(pieces, weekly_hours, refresh)
+
+
+def _draw(pieces: Sequence[Piece], weekly_hours: float, refresh: float) -> Figure:
+    from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, require_rows
+
     require_rows(pieces, "sessions")
     first = min((piece.opened - refresh) // WEEK for piece in pieces)
     weeks = int(max((piece.closed - refresh) // WEEK for piece in pieces) - first) + 1
@@ -28,7 +39,7 @@ def quota_weeks(pieces: Sequence[Piece], weekly_hours: float, refresh: float) ->
     height = 0.45 * weeks + 1.5
     figure, axes = new_figure(1, 2, (9.5, height + 0.6), gridspec_kw={"width_ratios": [3, 1]}, sharey=True)
     calendar, sums = axes[0]
-    for stage, color in zip(stages, STAGE_COLORS * len(stages), strict=False):
+    for stage, color in zip(stages, (SKY, BLUE, GREEN, PURPLE, ORANGE, RED) * len(stages), strict=False):
         label = stage
         for number, start in enumerate(starts):
             spans = [
