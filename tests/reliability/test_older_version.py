@@ -20,6 +20,7 @@ from helpers.config import ConnectorConfig, Key, Profile, Section, TrainingConfi
 from helpers.corpora.shapes import make_world, write_gif
 from helpers.models.gif_qa import GifQA, GifQAModel
 from helpers.runner.outcome import DONE, REFUSED
+from helpers.stage.manifest import settings_differences
 from helpers.store import FeatureTable, read_questions
 from helpers.suite import main
 from helpers.training import CheckpointError, hold_out, train
@@ -79,6 +80,15 @@ def test_finished_run_stands(runs, profile, capsys):
     if profile != "tiny":
         assert main([*line, "-p", "training.sharpness", "4"]) == REFUSED
         assert "profile.training.sharpness: 3 there, 4 now" in capsys.readouterr().err
+
+
+def test_key_that_came_is_filled_in_where_a_stage_names_it_alone(profile):
+    old, new = {"profile": {}}, {"profile": {"training.sharpness": 3}}
+    if profile != "tiny":
+        assert settings_differences(old, new) == []
+    new["profile"]["training.sharpness"] = 4
+    there = "None" if profile == "tiny" else "3"
+    assert settings_differences(old, new) == [f"profile.training.sharpness: {there} there, 4 now"]
 
 
 def test_paused_training_goes_on_as_if_it_had_never_stopped(runs, profile):

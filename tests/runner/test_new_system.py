@@ -103,11 +103,15 @@ def test_it_is_run_measured_forecast_resumed_and_reported(counting, monkeypatch,
 
 
 def test_options_of_the_command_line_fill_its_parameters(counting, tmp_path):
+    """--bundle too, of which the runner knows nothing but that it is there."""
     (tmp_path / "gifs").mkdir()
     (tmp_path / "qa.csv").write_text("gif,task,question,answer,options\n")
     line = ["--gifs", str(tmp_path / "gifs"), "--qa", str(tmp_path / "qa.csv")]
     plan = make_plan(run_parser().parse_args(line), line)
     assert plan.parameters[NAME] == {"book": str(tmp_path / "qa.csv"), "slowly": 0.0}
+    counting.notebook(NAME, *CELLS, parameters="book = 'dictionary'  # b\n", **ENTRY | {"options": {"book": "bundle"}})
+    line = ["--bundle", str(tmp_path / "gifs")]
+    assert make_plan(run_parser().parse_args(line), line).parameters[NAME] == {"book": str(tmp_path / "gifs")}
 
 
 def test_it_is_pushed_to_kaggle_killed_there_and_resumed(counting, site, account, empty_wheels, monkeypatch, capfd):
@@ -126,6 +130,11 @@ def test_it_is_pushed_to_kaggle_killed_there_and_resumed(counting, site, account
     assert codes == [FAILED, DONE], capfd.readouterr()
     runs = site.runs[f"{OWNER}/gifqa-tiny-06-counting"]
     assert f"{OWNER}/books" in runs[0].sources["data"]  # a stage with data gets what is attached
-    assert "Counting words" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "measures its pace first" in out and "06_counting: partly done" in out and "words at " in out
+    assert [run.status.name for run in runs] == ["ERROR", "COMPLETE", "COMPLETE"]  # killed, measured, done
+    assert f"{OWNER}/gifqa-tiny-06-work" in runs[1].sources["data"]  # what the dead run had counted
+    assert "goes on with the work of an earlier session" in runs[1].log and runs[2].sources["kernel"]
+    assert "Counting words" in out
     made = read_manifest(account / "tiny" / NAME)
     assert made["status"] == "complete" and made["metrics"]["letters"] == 33
