@@ -26,6 +26,7 @@ def set_up() -> None:
     switches = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at barriers starve each other where a core is taken
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }

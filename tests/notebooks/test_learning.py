@@ -69,6 +69,7 @@ def accuracy(profile, world, folder, *, video=True, shuffle=False):
     return float((answered["prediction"].to_numpy() == asked["answer"].to_numpy()).mean())
 
 
+@pytest.mark.slow
 def test_shuffled_answers_stay_at_blind_level(profile, world, tmp_path):
     true = accuracy(profile, world, tmp_path / "true")
     shuffled = accuracy(profile, world, tmp_path / "shuffled", shuffle=True)

@@ -104,6 +104,7 @@ def versions(site: StandIn, name: str) -> list[str]:
 # --------------------------------------------------------------------------------------------- the whole suite
 
 
+@pytest.mark.slow
 def test_whole_suite_through_refusal_deadline_cancellation_and_death_scores_as_if_undisturbed(site, account, capfd):
     site.refuse["01-data-sharding"] = ["Kaggle is under maintenance"]
     site.session_environment["01-data-sharding"] = [{"SUITE_DEADLINE": "1"}]  # no time at all in its first session

@@ -337,6 +337,7 @@ def test_a_run_equals_a_plain_loop(tmp_path, world):
     assert (result.status, result.steps, result.epochs) == ("complete", len(plan), 2.0)
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_video_shows_and_blind_does_not(tmp_path):
     config = toy_config(epochs=40.0)
     questions = toy_questions(120, 40)
