@@ -12,7 +12,7 @@ import pandas as pd
 from helpers.config import Profile
 from helpers.plots.look import image_tag
 from helpers.runner import overview
-from helpers.stage.manifest import find_stage, read_manifest
+from helpers.stage.manifest import find_stage, found_manifest
 from helpers.stage.suite import Suite
 from helpers.workspace.disk import whole
 
@@ -34,7 +34,7 @@ def score_tables(suite: Suite, run_folder: Path) -> dict[str, pd.DataFrame]:
     """
     tables = {}
     for spec in suite.stages:
-        manifest = read_manifest(find_stage(run_folder, spec.name)) if spec.scores else None
+        manifest = found_manifest(run_folder, spec.name) if spec.scores else None
         if not manifest:
             continue
         metrics = manifest["metrics"]
@@ -78,13 +78,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _figures(notebook: Path) -> list[str]:
     """Return the pictures and tables of an executed notebook as HTML, each under the heading that stands before it.
 
-    A stage that came without its notebook, as from Kaggle, shows the figures that it saved.
+    A stage that came without its notebook, as from Kaggle, or whose notebook cannot be read shows the figures that it
+    saved.
     """
     parts, heading = [], ""
-    if not notebook.is_file():
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except (OSError, ValueError):
         saved = sorted((notebook.parent / "figures").glob("*.png"))
         return [image_tag(path.read_bytes(), path.stem.replace("_", " "), "png") for path in saved]
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    for cell in cells:
         if cell.cell_type == "markdown":
             titles = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("## ")]
             heading = titles[-1] if titles else heading
@@ -121,7 +124,7 @@ def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
     stages = {}
     for spec in suite.stages:
         folder = find_stage(run_folder, spec.name)
-        manifest = read_manifest(folder)
+        manifest = found_manifest(run_folder, spec.name)
         if manifest is not None:
             stages[spec.name] = (spec, folder, manifest)
     body = [f"<h1>GIF question answering: run {_text(run_folder.name)}</h1>"]

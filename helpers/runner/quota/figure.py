@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, new_figure, require_rows
+from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, literal, new_figure, require_rows
 from helpers.runner.quota.forecasts import Piece, session_hours
 from helpers.runner.quota.ledger import WEEK
 
@@ -29,7 +29,7 @@ def quota_weeks(pieces: Sequence[Piece], weekly_hours: float, refresh: float) ->
     figure, axes = new_figure(1, 2, (9.5, height + 0.6), gridspec_kw={"width_ratios": [3, 1]}, sharey=True)
     calendar, sums = axes[0]
     for stage, color in zip(stages, STAGE_COLORS * len(stages), strict=False):
-        label = stage
+        label = literal(stage)
         for number, start in enumerate(starts):
             spans = [
                 (max(piece.began, start), min(piece.ended, start + WEEK)) for piece in pieces if piece.stage == stage
