@@ -197,12 +197,15 @@ def _existing(text: str, what: str) -> str:
     return _absolute(text)
 
 
-def _from_here(spec: StageSpec, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stage's parameters with absolute paths: those that suite.yaml calls paths, and others that exist."""
+def _from_here(spec: StageSpec, parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage's parameters with absolute paths: those that suite.yaml calls paths, and others that exist.
+
+    Defaults are the notebook's own words and stay as they are.
+    """
     paths = {*spec.data, *spec.options, *spec.paths}
 
     def read(name: str, value: Any) -> Any:
-        if not isinstance(value, str) or not value or "://" in value:
+        if not isinstance(value, str) or value in ("", defaults[name]) or "://" in value:
             return value
         return _absolute(value) if name in paths or ("/" in value and os.path.exists(_absolute(value))) else value
 
@@ -299,7 +302,7 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
             if name not in own[spec.name]:
                 raise ConfigError(f"{spec.name} has no parameter {name!r}")
             parameters[spec.name][name] = parse_parameter(name, text, own[spec.name][name])
-    parameters = {spec.name: _from_here(spec, parameters[spec.name]) for spec in specs}
+    parameters = {spec.name: _from_here(spec, parameters[spec.name], own[spec.name]) for spec in specs}
     file = args.profile.endswith((".yaml", ".yml")) or "/" in args.profile
     profile_name = _absolute(args.profile) if file else args.profile
     profile = load_profile(profile_name, overrides)
