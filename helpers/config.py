@@ -1,12 +1,14 @@
 """Profiles: every size and choice of a run, in YAML, checked against a strict schema before anything starts."""
 
 import difflib
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -41,9 +43,13 @@ class ConfigError(ValueError):
     """A profile, a profile key or a value that cannot be used; the message names it and the way out."""
 
 
+INTEGER = re.compile(r"[-+]?[0-9]+")
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
 def _number(value: Any) -> Any:
     """YAML 1.1 reads `1e-4` (no dot) as text: take text that is a plain number as the number it means."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value.strip()):
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
         return float(value)
     return value
 
@@ -55,7 +61,7 @@ class Key:
     before: Any
 
 
-Float = Annotated[float, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Groups = Annotated[list[Annotated[int, Field(ge=1, le=8)]], Field(min_length=1)]
 
@@ -332,21 +338,81 @@ def profile_of(values: Mapping[str, Any]) -> "Profile":
         raise ConfigError(_describe(error, "profile")) from error
 
 
+ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,\[\]{}"'][^,\[\]{}"']*?)\s*(,|$)""")
+
+
+def read_typed(text: str, kind: Any) -> Any:
+    """Read the command line's `text` as a value of a declared type, which alone decides: 010 is ten, 1:30 no number.
+
+    kind: str, int, float, bool, dict, a Literal of texts, `list[...]` of one of them, or one of these `| None`.
+    Lists are written as [a, b] or in JSON, mappings in JSON; "", null and None are the missing value of what may be
+    missing. Raises ValueError that says what was expected.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return read_typed(text, parts[0])
+    if origin in (Union, UnionType):
+        missing = NoneType in parts and text.strip() in ("", "null", "None")
+        return None if missing else read_typed(text, next(part for part in parts if part is not NoneType))
+    if origin is list:
+        return [_read_item(item, parts[0]) for item in _items(text)]
+    if kind is bool:
+        return _matched(text, re.compile("true|false", re.IGNORECASE), "true or false").lower() == "true"
+    if kind is int:
+        return int(_matched(text, INTEGER, "a whole number"))
+    if kind is float:
+        value = float(_matched(text, NUMBER, "a number"))
+        if not math.isfinite(value):
+            raise ValueError("expected a finite number")
+        return value
+    if kind is dict:
+        value = json.loads(text) if text.lstrip().startswith("{") else None
+        if value is None:
+            raise ValueError("expected a mapping in JSON")
+        return value
+    return text  # a text, or a choice that the schema compares
+
+
+def _matched(text: str, pattern: re.Pattern, what: str) -> str:
+    if not pattern.fullmatch(text.strip()):
+        raise ValueError(f"expected {what}")
+    return text.strip()
+
+
+def _items(text: str) -> list[str]:
+    """Split `[a, "b, c"]` into its items as they are written."""
+    inner = text.strip()
+    if not (inner.startswith("[") and inner.endswith("]")):
+        raise ValueError("expected a list such as [a, b]")
+    inner, found, at = inner[1:-1].strip(), [], 0
+    while at < len(inner):
+        item = ITEM.match(inner, at)
+        if not item:
+            raise ValueError("expected a list such as [a, b]")
+        found.append(item[1])
+        at = item.end()
+    return found
+
+
+def _read_item(item: str, kind: Any) -> Any:
+    """Read one item of a list; only texts stand in quotation marks."""
+    quoted = _is_text(kind) and item[0] in "\"'"
+    return (json.loads(item) if item[0] == '"' else item[1:-1]) if quoted else read_typed(item, kind)
+
+
+def _is_text(kind: Any) -> bool:
+    return _is_text(get_args(kind)[0]) if get_origin(kind) is Annotated else kind is str or get_origin(kind) is Literal
+
+
 def parse_override(key: str, text: str) -> Any:
-    """Read the command line's `text` as a value of profile key `key`: text keys keep it verbatim, others are YAML."""
+    """Read the command line's `text` as a value of profile key `key`, by the type that the schema declares."""
     keys = profile_keys()
     if key not in keys:
         raise ConfigError(f"unknown profile key {key!r}; {nearest(key, list(keys))}")
-    annotation = keys[key].annotation
-    optional_text = set(get_args(annotation)) == {str, NoneType}
-    if optional_text and text.strip() in ("", "null", "None"):
-        return None
-    if annotation is str or optional_text:
-        return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"profile key {key}: cannot read {text!r} as a value: {error}") from error
+        return read_typed(text, keys[key].annotation)
+    except ValueError as error:
+        raise ConfigError(f"profile key {key}: cannot read {text!r}: {error}") from error
 
 
 def _describe(error: ValidationError, where: str) -> str:
@@ -390,6 +456,8 @@ def load_profile(name_or_path: str = "", overrides: dict[str, Any] | None = None
     path = _profile_path(name_or_path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"profile {path}: not a text in UTF-8: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"profile {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from helpers.config import ConfigError
 from helpers.runner.commands import make_shapes, run_tests, score_file, show_quota, write_readme
 from helpers.runner.kaggle import commands as kaggle
-from helpers.runner.outcome import FAILED, INTERRUPTED, REFUSED, Failed
+from helpers.runner.outcome import FAILED, INTERRUPTED, REFUSED, Failed, fault_of
 from helpers.runner.plan import make_plan, parse_deadline, run_parser
 from helpers.runner.run import run
 from helpers.stage.suite import StageError
-from helpers.workspace.disk import DiskFull
 from helpers.workspace.place import repo_root
 
 
@@ -38,8 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = run_parser().parse_args(argv)
         deadline = parse_deadline(args.deadline) if args.deadline else math.inf
         return run(make_plan(args, argv), deadline)
-    except (ConfigError, StageError, DiskFull) as error:
+    except (ConfigError, StageError) as error:
         print(f"Refused: {error}", file=sys.stderr)
+        return REFUSED
+    except OSError as error:  # DiskFull too; what happens once a kernel has started is a Failed
+        print(f"Refused: {fault_of(error)}", file=sys.stderr)
         return REFUSED
     except Failed as error:
         print(f"Failed: {error}", file=sys.stderr)

@@ -141,3 +141,59 @@ def test_profile_cannot_be_changed_after_it_was_checked():
     profile = load_profile("tiny")
     with pytest.raises(ValueError, match="frozen"):
         profile.training.epochs = 3
+
+
+REFUSED = object()
+# What each type reads, and what it refuses. By the words of the schema alone: YAML 1.1 would read 010 as 8,
+# 1:30 as 90, 1_0 as 10, 0x10 as 16, `yes` as true, `no` as false and .inf as infinity.
+READINGS = [
+    ("shapes.seed", "010", 10),
+    ("shapes.seed", " 7 ", 7),
+    ("shapes.seed", "+3", 3),
+    *[("shapes.seed", text, REFUSED) for text in ("1:30", "0o10", "0x10", "1_0", "1.0", "1e3", "true", "", "٣")],
+    ("training.epochs", "010", 10.0),
+    ("training.epochs", ".5", 0.5),
+    ("training.epochs", "1:30", REFUSED),
+    ("training.learning_rate_lora", "1e-4", 1e-4),
+    ("training.learning_rate_lora", "1E+2", 100.0),
+    *[("adem.alpha", text, REFUSED) for text in (".inf", "-.inf", "inf", "nan", ".nan", "1e999", "1_0.0", "0x1p3", "")],
+    ("connector.train_mit", "TRUE", True),
+    *[("connector.train_mit", text, REFUSED) for text in ("yes", "on", "1", "null")],
+    ("data.groups", "[010, 2]", [10, 2]),
+    ("data.groups", " [ 1,2 ,3 ] ", [1, 2, 3]),
+    *[("data.groups", text, REFUSED) for text in ("1", "1,2", "[1", "[1:30]", "[1.0]", '["1"]', "[1,,2]", "[[1]]")],
+    ("adem.scales", "null", None),
+    ("adem.scales", "[256, 64]", [256, 64]),
+    ("language_model.target_modules", "[q_proj, no, 010, 1:30]", ["q_proj", "no", "010", "1:30"]),
+    ("language_model.target_modules", '["a, b", "c\\"d", \'e f\']', ["a, b", 'c"d', "e f"]),
+    ("adem.evaluation_splits", "[val, test]", ["val", "test"]),
+    ("language_model.quantisation", "none", "none"),
+    ("encoder.revision", "1e5", "1e5"),
+    ("encoder.revision", "", None),
+    ("language_model.prompt", "[{question}]", "[{question}]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "text", "value"), READINGS)
+def test_the_declared_type_alone_reads_the_command_line(key, text, value):
+    if value is REFUSED:
+        with pytest.raises(ConfigError, match=f"profile key {re.escape(key)}: cannot read .*: expected"):
+            parse_override(key, text)
+        return
+    found = parse_override(key, text)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])
+def test_a_number_that_is_not_finite_is_refused_in_a_file_too(tmp_path, number):
+    path = tmp_path / "mine.yaml"
+    path.write_text(re.sub(r"weight_decay: \S+", f"weight_decay: {number}", (PROFILES / "tiny.yaml").read_text()))
+    with pytest.raises(ConfigError, match=r"training\.weight_decay"):
+        load_profile(str(path))
+
+
+def test_a_profile_that_is_no_text_is_refused_in_words(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: not a text in UTF-8"):
+        load_profile(str(path))

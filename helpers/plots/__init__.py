@@ -1,7 +1,20 @@
 """Figures: one look, titles, labelled axes with units. Every function returns a closed figure."""
 
 from helpers.plots.answers import answer_overview, asked_gif, gallery
-from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, TASK_LABELS, image_tag, save_figure
+from helpers.plots.look import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    STYLE,
+    TASK_LABELS,
+    image_tag,
+    literal,
+    save_figure,
+)
 from helpers.plots.stages import features_overview, frames_overview, loss_curve
 from helpers.plots.tgif_qa import (
     TASK_COLORS,
@@ -36,6 +49,7 @@ __all__ = [
     "gallery",
     "groups_comparison",
     "image_tag",
+    "literal",
     "loss_curve",
     "reliability",
     "save_figure",

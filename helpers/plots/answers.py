@@ -13,7 +13,19 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from helpers.corpora.tasks import target_answer
-from helpers.plots.look import BLUE, GREEN, ORANGE, RED, SKY, STYLE, TASK_LABELS, new_figure, percent_text, require_rows
+from helpers.plots.look import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    SKY,
+    STYLE,
+    TASK_LABELS,
+    literal,
+    new_figure,
+    percent_text,
+    require_rows,
+)
 
 
 @plt.rc_context(STYLE)
@@ -47,7 +59,6 @@ def gallery(examples: pd.DataFrame, frames: Sequence[np.ndarray], per_row: int =
 
 def _caption(row, mark: str, width: int) -> str:
     """Lines above a strip: question, options where there are any, and the answers; long texts are cut."""
-    # A dollar sign would start mathematical text.
     answer = target_answer(row.task, row.answer, row.label)
     question = shorten(f"{TASK_LABELS[row.task]}: {row.question}", 2 * width, placeholder=" ...")
     lines = wrap(question, width)
@@ -55,7 +66,7 @@ def _caption(row, mark: str, width: int) -> str:
         lines += wrap(shorten("options: " + " | ".join(row.options), 2 * width, placeholder=" ..."), width)
     verdict = f"{mark}: says {row.prediction!r} (confidence {row.confidence:.2f}), answer {answer!r}"
     lines += wrap(shorten(verdict, 2 * width, placeholder=" ..."), width)
-    return "\n".join(lines).replace("$", r"\$")
+    return literal("\n".join(lines))
 
 
 @plt.rc_context(STYLE)
@@ -99,7 +110,7 @@ def answer_overview(
     strip.spines[:].set_visible(False)
     strip.set_title(f"The {len(best)} most relevant of {len(frames)} frames", loc="left")
 
-    texts = [shorten(text, 24, placeholder=" ...").replace("$", r"\$") or "(nothing)" for text, _ in distribution]
+    texts = [literal(shorten(text, 24, placeholder=" ...")) or "(nothing)" for text, _ in distribution]
     colors = [BLUE if text == chosen else SKY for text, _ in distribution]
     bars.barh(range(len(texts)), [100 * p for _, p in distribution], color=colors)
     bars.set_yticks(range(len(texts)), texts)
@@ -122,7 +133,7 @@ def answer_overview(
     )
     if blind is not None:
         title += f";   without the GIF: {blind[0] or '(nothing)'} ({percent_text(blind[1])})"
-    figure.suptitle("\n".join(wrap(title, 100)).replace("$", r"\$"))
+    figure.suptitle(literal("\n".join(wrap(title, 100))))
     return figure
 
 

@@ -62,6 +62,14 @@ def percent_text(share: float) -> str:
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"  # a title is not broken between the two
 
 
+def literal(text: object) -> str:
+    """A person's or a model's text as matplotlib is to draw it: as it stands, dollar signs never begin mathematics.
+
+    Texts are cut and wrapped before, so that no line ends inside what stands for a dollar sign.
+    """
+    return str(text).replace("$", r"\$")
+
+
 def image_tag(data: bytes, alt: str, kind: str = "gif", style: str = "") -> str:
     """An img element that carries its own data; animated GIFs play. kind: of the file; style: CSS class."""
     named = f' class="{style}"' if style else ""

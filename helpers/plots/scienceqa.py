@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from helpers.corpora.scienceqa import LETTERS, open_image
-from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, new_figure
+from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, literal, new_figure
 
 SMALLEST_LOSS = 0.01  # nats; below it a loss is rounding as much as the image
 FROZEN, LEARNT = "#DCE6EE", "#FBE3B5"  # fill of parts that stay as they are, and of those that are trained
@@ -105,8 +105,8 @@ def example_questions(problems: pd.DataFrame) -> Figure:
             top.imshow(open_image(row["image"]), interpolation="nearest")
         else:
             top.text(0.5, 0.5, "(no image)", ha="center", va="center", color=GREY, transform=top.transAxes)
-        top.set_title(f"{row['subject']}, grade {row['grade']}", fontsize=9)
-        bottom.text(0, 1, question_text(row), va="top", fontsize=9, transform=bottom.transAxes)
+        top.set_title(literal(f"{row['subject']}, grade {row['grade']}"), fontsize=9)
+        bottom.text(0, 1, literal(question_text(row)), va="top", fontsize=9, transform=bottom.transAxes)
         for axis in (top, bottom):
             axis.axis("off")
     return figure
@@ -125,7 +125,7 @@ def accuracy_bars(scored: Mapping[str, Mapping[str, Any]], names: Mapping[str, s
         x = np.arange(len(parts)) + (k - (len(scored) - 1) / 2) * width
         heights = [100 * values[p][0] / values[p][1] for p in parts]
         errors = np.clip([[h - values[p][2], values[p][3] - h] for p, h in zip(parts, heights, strict=True)], 0, None).T
-        axis.bar(x, heights, width * 0.92, color=SYSTEM_COLORS[system], label=names[system])
+        axis.bar(x, heights, width * 0.92, color=SYSTEM_COLORS[system], label=literal(names[system]))
         axis.errorbar(x, heights, errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
     axis.hlines(chance, -0.45, 0.45, color="black", linestyle=":", label="chance, with an image")
     first = next(iter(scored.values()))
@@ -147,9 +147,10 @@ def ablation(table: pd.DataFrame, name: str) -> Figure:
     half = np.where(finite, table["image_high"] - table["image"], 0.0)
     axis.errorbar(table["image"], y, xerr=half, fmt="o", color=BLUE, capsize=3, label="image problems")
     axis.plot(table["accuracy"], y, "|", color=GREEN, markersize=12, markeredgewidth=2, label="all problems")
-    axis.set_yticks(y, table["row"])
+    axis.set_yticks(y, [literal(row) for row in table["row"]])
     seeds = int(table["seeds"].min())
-    axis.set(title=f"Ablation {name!r}: mean of {seeds} seeds, 95 % intervals", xlabel="accuracy (%)", ylabel="model")
+    title = literal(f"Ablation {name!r}: mean of {seeds} seeds, 95 % intervals")
+    axis.set(title=title, xlabel="accuracy (%)", ylabel="model")
     axis.legend(loc="best")
     return figure
 
@@ -179,7 +180,7 @@ def regions_over_images(
         picture = np.asarray(open_image(row["image"]))
         place = {"extent": (0, picture.shape[1], picture.shape[0], 0), "interpolation": "nearest"}
         axes[0, column].imshow(picture, **place)
-        axes[0, column].set_title(f"{fill(row['question'], 24)}\n{answer}", fontsize=9)
+        axes[0, column].set_title(literal(f"{fill(row['question'], 24)}\n{answer}"), fontsize=9)
         axes[2, column].set_title(f"hiding costs at most\n{largest[column].item():.2f} nats", fontsize=9)
         for axis, (maps, _, colors) in zip(axes[1:, column], rows, strict=True):
             axis.imshow(picture.mean(-1), cmap="gray", vmin=-200, vmax=255, **place)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from helpers.plots.look import BLUE, ORANGE, SKY, STYLE, new_figure, require_rows
+from helpers.plots.look import BLUE, ORANGE, SKY, STYLE, literal, new_figure, require_rows
 
 
 @plt.rc_context(STYLE)
@@ -68,7 +68,7 @@ def frames_overview(info: pd.DataFrame, frames: Sequence[np.ndarray], names: Seq
         axis.set_xlim(-0.5, per_row * padded.shape[2] - gap - 0.5)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        axis.set_title(name.replace("$", r"\$"), loc="left", fontsize=8.5, fontweight="normal")
+        axis.set_title(literal(name), loc="left", fontsize=8.5, fontweight="normal")
     figure.suptitle(f"{len(info):,} GIFs, and the sampled frames of {len(frames)} (time runs to the right)")
     return figure
 
@@ -100,7 +100,7 @@ def features_overview(
         labels = [f"{times[tick] / 1000:.1f}" for tick in ticks]
         axis.set_xticks(ticks, labels)
         axis.set_yticks(ticks, labels)
-        axis.set(title=shorten(name, 30, placeholder=" ...").replace("$", r"\$"), xlabel="time (s)", ylabel="time (s)")
+        axis.set(title=literal(shorten(name, 30, placeholder=" ...")), xlabel="time (s)", ylabel="time (s)")
         axis.grid(visible=False)
     if image is not None:
         figure.colorbar(image, ax=axes[0, 1:].tolist(), label="similarity (cosine)", shrink=0.9)

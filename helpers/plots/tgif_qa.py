@@ -9,7 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE, TASK_LABELS, new_figure, require_rows
+from helpers.plots.look import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    STYLE,
+    TASK_LABELS,
+    literal,
+    new_figure,
+    require_rows,
+)
 
 VARIANT_COLORS = {"main": BLUE, "blind": ORANGE, "shuffled": PURPLE, "majority": GREY}
 VARIANT_LABELS = {"main": "model", "blind": "blind (no video)", "shuffled": "shuffled GIFs", "majority": "majority"}
@@ -86,7 +99,7 @@ def accuracy_by_type(table: pd.DataFrame) -> Figure:
     axis = axes[0, 0]
     _bars(axis, rows, groups, "group", scale=100)
     n = rows[rows["variant"] == "main"].set_index("group")["n"]
-    axis.set_xticks(range(len(groups)), [f"{group}\n(n = {n[group]:,})" for group in groups])
+    axis.set_xticks(range(len(groups)), [literal(f"{group}\n(n = {n[group]:,})") for group in groups])
     axis.set(title="FrameQA by type of question", ylabel="accuracy (%)", xlabel="type (questions)", ylim=(0, 105))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -1,5 +1,7 @@
 """How a run ends: the exit codes, and the errors that lead to them."""
 
+from pathlib import Path
+
 DONE, FAILED, REFUSED, PAUSED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """exit codes:
   0    done: every stage asked for is complete
@@ -9,6 +11,21 @@ EXIT_CODES = """exit codes:
   75   paused: a deadline passed, too few GPU-hours are left, or an upstream stage is only partly done; the command
        that goes on is printed
   130  interrupted by Ctrl-C; the same command goes on"""
+
+
+def fault_of(error: OSError, place: Path | None = None) -> str:
+    """Say an error of the operating system in one sentence, with the path that it is about.
+
+    place: what was at work, where the error itself names no path, or only a name inside it. The suite's own errors of
+    this kind are sentences already.
+    """
+    if error.errno is None:
+        return str(error) or type(error).__name__
+    named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    where = " -> ".join(named) or str(place or "")
+    if named and place and not Path(named[0]).is_absolute():
+        where += f" in {place}"
+    return f"{where}: {error.strerror}" if where else str(error.strerror)
 
 
 class Failed(RuntimeError):

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from helpers.config import Profile
 from helpers.runner import quota
-from helpers.stage.manifest import find_stage, read_manifest
+from helpers.stage.manifest import found_manifest, manifest_elsewhere
 from helpers.stage.suite import load_suite, needs_gpu, suite_file
 from helpers.workspace.inputs import attached_name, attached_paths
 from helpers.workspace.machine import gpus
@@ -67,7 +67,8 @@ def attached_table() -> pd.DataFrame:
     rows = []
     for marker, kind in load_suite(suite_file()).markers.items():
         for path in attached_paths(marker):
-            status = read_manifest(path.parent)["status"] if marker == "stage.json" else ""
+            manifest = manifest_elsewhere(path.parent) if marker == "stage.json" else {"status": ""}
+            status = manifest["status"] if manifest else "not readable"
             rows.append((attached_name(path.parent), kind, status))
     return pd.DataFrame(rows, columns=["folder", "what", "status"])
 
@@ -89,7 +90,7 @@ def stage_table(profile: Profile, run_folder: Path) -> pd.DataFrame:
     for spec in load_suite(suite_file()).stages:
         if spec.always or not spec.default:
             continue
-        manifest = read_manifest(find_stage(run_folder, spec.name))
+        manifest = found_manifest(run_folder, spec.name)
         status = manifest["status"] if manifest else ""
         rows[spec.name] = {
             "title": spec.title,
@@ -130,11 +131,14 @@ def plot_way(stages: pd.DataFrame, profile_name: str) -> Figure:
     from matplotlib import pyplot as plt  # takes its time, and every command loads this room
     from matplotlib.patches import Patch
 
+    from helpers.plots.look import literal
+
     minutes = stages["expected min"].fillna(1.0)
     starts = minutes.cumsum() - minutes
+    names = [literal(name) for name in stages.index]
     figure, axes = plt.subplots(figsize=(9, 0.6 * len(stages) + 1.6))
-    axes.barh(stages.index, minutes, left=starts, color=[STATES[state] for state in stages.state])
-    for name, start, length, gpu in zip(stages.index, starts, minutes, stages.GPU, strict=True):
+    axes.barh(names, minutes, left=starts, color=[STATES[state] for state in stages.state])
+    for name, start, length, gpu in zip(names, starts, minutes, stages.GPU, strict=True):
         axes.annotate(
             f"{length:g} min" + (", GPU" if gpu == "yes" else ""),
             (start + length, name),
@@ -146,7 +150,7 @@ def plot_way(stages: pd.DataFrame, profile_name: str) -> Figure:
     axes.set_xlim(0, 1.18 * minutes.sum())
     axes.set_xlabel("expected time from the start (minutes)")
     axes.set_ylabel("stage")
-    axes.set_title(f"The way ahead, profile {profile_name}")
+    axes.set_title(f"The way ahead, profile {literal(profile_name)}")
     handles = [Patch(color=color, label=state) for state, color in STATES.items()]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 0))
     figure.tight_layout()

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,11 @@ from pprint import pformat
 from typing import Any
 
 import nbformat
-import yaml
 from nbformat import NotebookNode
 
-from helpers.config import ConfigError, Profile, load_profile, nearest, parse_override, profile_keys
+from helpers.config import ConfigError, Profile, load_profile, nearest, parse_override, profile_keys, read_typed
 from helpers.runner.outcome import EXIT_CODES
-from helpers.stage.suite import COMMON_PARAMETERS, StageSpec, Suite, load_suite, suite_file
+from helpers.stage.suite import COMMON_PARAMETERS, StageSpec, Suite, load_suite, model_of, suite_file
 from helpers.workspace.place import runs_root
 
 HELP = """examples:
@@ -111,28 +111,23 @@ def filled_in(notebook: Path, values: Mapping[str, Any]) -> NotebookNode:
     return book
 
 
+def _kind(default: Any) -> Any:
+    """The type that a notebook's parameter declares by its default; an empty list holds texts, None a missing text."""
+    if isinstance(default, list):
+        kinds = {type(item) for item in default}
+        return list[kinds.pop()] if len(kinds) == 1 else list[str]
+    return str | None if default is None else type(default)
+
+
 def parse_parameter(name: str, text: str, default: Any) -> Any:
     """Read the command line's `text` as a value of `default`'s type, which decides: 007 and 1e-4 are safe."""
-    kind = type(default)
-    wrong = ConfigError(f"parameter {name}: {text!r} is not a valid {kind.__name__} (default: {default!r})")
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise wrong
-        return text.lower() == "true"
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            raise wrong from None
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise wrong from None
-    if default is not None and not isinstance(value, kind):
-        raise wrong
-    return value
+        return read_typed(text, _kind(default))
+    except ValueError as error:
+        kind = type(default).__name__
+        raise ConfigError(
+            f"parameter {name}: {text!r} is not a valid {kind} (default: {default!r}): {error}"
+        ) from error
 
 
 def sort_parameters(
@@ -190,12 +185,46 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "gifs"
 
 
+def _absolute(text: str) -> str:
+    """Return a path as written, from where the command was given: notebooks run elsewhere. Links stay what they are."""
+    return os.path.abspath(os.path.expanduser(text))
+
+
 def _existing(text: str, what: str) -> str:
     """Return `text` as an absolute path; raises ConfigError if there is nothing there."""
-    path = Path(text).expanduser().resolve()
-    if not path.exists():
+    if not Path(_absolute(text)).exists():
         raise ConfigError(f"{what} {text} does not exist")
-    return str(path)
+    return _absolute(text)
+
+
+def _from_here(spec: StageSpec, parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage's parameters with absolute paths: those that suite.yaml calls paths, and others that exist.
+
+    Defaults are the notebook's own words and stay as they are.
+    """
+    paths = {*spec.data, *spec.options, *spec.paths}
+
+    def read(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value in ("", defaults[name]) or "://" in value:
+            return value
+        return _absolute(value) if name in paths or ("/" in value and os.path.exists(_absolute(value))) else value
+
+    return {name: read(name, value) for name, value in parameters.items()}
+
+
+def _own_models(suite: Suite, profile: Profile) -> dict[str, str]:
+    """Return the base models that are folders named from where the command was given, absolute, by profile key.
+
+    Shipped models (tiny/...) and names of the hub stay as they are.
+    """
+    named = {key: model_of(profile, key) for spec in suite.stages for key in spec.models}
+    return {
+        key: _absolute(name)
+        for key, name in named.items()
+        if not name.startswith("tiny/")
+        and name != _absolute(name)
+        and os.path.isfile(os.path.join(_absolute(name), "config.json"))
+    }
 
 
 def _user_inputs(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
@@ -273,8 +302,13 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
             if name not in own[spec.name]:
                 raise ConfigError(f"{spec.name} has no parameter {name!r}")
             parameters[spec.name][name] = parse_parameter(name, text, own[spec.name][name])
-    profile_name = str(Path(args.profile).resolve()) if args.profile.endswith((".yaml", ".yml")) else args.profile
+    parameters = {spec.name: _from_here(spec, parameters[spec.name], own[spec.name]) for spec in specs}
+    file = args.profile.endswith((".yaml", ".yml")) or "/" in args.profile
+    profile_name = _absolute(args.profile) if file else args.profile
     profile = load_profile(profile_name, overrides)
+    if models := _own_models(suite, profile):
+        overrides |= models
+        profile = load_profile(profile_name, overrides)
     if any(spec.options.get(spec.copies) == "bundle" for spec in specs if args.bundle):
         _require_bundle(Path(args.bundle).expanduser(), profile)
     run = args.run or profile.name

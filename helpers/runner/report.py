@@ -12,7 +12,7 @@ import pandas as pd
 
 from helpers.config import Profile
 from helpers.runner import overview
-from helpers.stage.manifest import find_stage, read_manifest
+from helpers.stage.manifest import find_stage, found_manifest
 from helpers.stage.suite import Suite
 from helpers.workspace.disk import whole
 
@@ -34,7 +34,7 @@ def score_tables(suite: Suite, run_folder: Path) -> dict[str, pd.DataFrame]:
     """
     tables = {}
     for spec in suite.stages:
-        manifest = read_manifest(find_stage(run_folder, spec.name)) if spec.scores else None
+        manifest = found_manifest(run_folder, spec.name) if spec.scores else None
         if not manifest:
             continue
         metrics = manifest["metrics"]
@@ -80,15 +80,17 @@ def _figures(notebook: Path, without: str = "") -> list[str]:
     """Return the pictures and tables of an executed notebook as HTML, each under the heading that stands before it.
 
     without: a heading whose pictures and tables are left out. A stage that came without its notebook, as from Kaggle,
-    shows the figures that it saved.
+    or whose notebook cannot be read, shows the figures that it saved.
     """
     from helpers.plots.look import image_tag  # pyplot takes its time, and every command loads this room
 
     parts, heading = [], ""
-    if not notebook.is_file():
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except (OSError, ValueError):
         saved = sorted((notebook.parent / "figures").glob("*.png"))
         return [image_tag(path.read_bytes(), path.stem.replace("_", " "), "png") for path in saved]
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    for cell in cells:
         if cell.cell_type == "markdown":
             titles = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("## ")]
             heading = titles[-1] if titles else heading
@@ -129,7 +131,7 @@ def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
     stages = {}
     for spec in suite.stages:
         folder = find_stage(run_folder, spec.name)
-        manifest = read_manifest(folder)
+        manifest = found_manifest(run_folder, spec.name)
         if manifest is not None:
             stages[spec.name] = (spec, folder, manifest)
     body = [f"<h1>Run {_text(run_folder.name)}</h1>"]

@@ -20,7 +20,7 @@ import nbformat
 
 from helpers.runner import quota
 from helpers.runner.drive import keep_on_drive, take_from_drive
-from helpers.runner.outcome import DONE, PAUSED, REFUSED, Failed, Paused
+from helpers.runner.outcome import DONE, PAUSED, REFUSED, Failed, Paused, fault_of
 from helpers.runner.plan import RunPlan, filled_in
 from helpers.runner.report import print_scores, write_report
 from helpers.stage.lock import hold_lock, release_lock
@@ -33,8 +33,8 @@ from helpers.stage.manifest import (
     stage_settings,
 )
 from helpers.stage.pace import DeadlineReached
-from helpers.stage.suite import StageSpec
-from helpers.workspace.disk import folder_bytes, put_in_place, require_disk
+from helpers.stage.suite import StageError, StageSpec
+from helpers.workspace.disk import DiskFull, folder_bytes, put_in_place, require_disk
 from helpers.workspace.machine import gpus
 from helpers.workspace.place import runs_root, session_end, session_seconds, share_secrets
 
@@ -109,7 +109,10 @@ def _last_cell(notebook: Path) -> str:
     """Name the last cell that began: after a kernel's death papermill marks cells complete that never ran."""
     if not notebook.is_file():
         return "before its first cell"
-    code = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    try:
+        code = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    except (OSError, ValueError):  # the disk was full, for one
+        return "in a cell that is not known: the executed notebook cannot be read"
     began = [number for number, cell in enumerate(code) if cell.metadata.get("papermill", {}).get("start_time")]
     return f"in cell [{began[-1] + 1}]: {_first_line(code[began[-1]].source)}" if began else "before its first cell"
 
@@ -119,19 +122,27 @@ def _first_line(source: str) -> str:
 
 
 def execute(plan: RunPlan, spec: StageSpec) -> None:
-    """Run one notebook in a fresh kernel and save it, executed, in the stage's folder; raises Failed or Paused."""
+    """Run one notebook in a fresh kernel and save it, executed, in the stage's folder; raises Failed or Paused.
+
+    Raises StageError if it cannot be saved before the kernel starts.
+    """
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     folder = plan.folder / spec.name
-    folder.mkdir(parents=True, exist_ok=True)
     output, progress = folder / f"{spec.name}.ipynb", Progress(sys.stdout)
     values = {"profile": plan.profile_name, "run": plan.run, "overrides": plan.overrides}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        book = filled_in(plan.notebooks / f"{spec.name}.ipynb", values | plan.parameters[spec.name])
+        nbformat.write(book, output)
+    except OSError as error:
+        raise StageError(f"{spec.name} cannot start: {fault_of(error, output)}") from error
+    try:
         execute_notebook(
-            filled_in(plan.notebooks / f"{spec.name}.ipynb", values | plan.parameters[spec.name]),
+            book,
             output,
             kernel_name="python3",
             cwd=plan.notebooks,
@@ -152,6 +163,8 @@ def execute(plan: RunPlan, spec: StageSpec) -> None:
             f"{spec.name}: the kernel died (out of memory?) {_last_cell(output)}\n"
             f"Later cells never ran, whatever {output} says. Run the same command again: work that was saved is kept."
         ) from error
+    except OSError as error:  # of papermill itself, as in saving the notebook: those of cells come by another way
+        raise Failed(f"{spec.name}: {fault_of(error, output)}") from error
 
 
 def _check_manifest(plan: RunPlan, spec: StageSpec, before: int | None) -> dict[str, Any]:
@@ -217,7 +230,7 @@ def _earliest_missing(plan: RunPlan, name: str) -> str:
 
 
 def run_stage(plan: RunPlan, spec: StageSpec, place: str) -> int:
-    """Run one stage unless it is done; returns an exit code. Raises StageError, DiskFull or Failed."""
+    """Run one stage unless it is done; returns an exit code. Raises StageError, Failed, or OSError before it starts."""
     folder = plan.folder / spec.name
     gap = _upstream_gap(plan, spec)
     if gap:
@@ -247,9 +260,11 @@ def run_stage(plan: RunPlan, spec: StageSpec, place: str) -> int:
     except Paused as pause:
         print(f"  {spec.name}: {pause}", flush=True)
         return PAUSED
-    except Failed as error:
+    except OSError as error:
+        raise Failed(f"{spec.name}: {fault_of(error, folder)}") from error
+    except (Failed, StageError) as error:
         kept = f"\nThe earlier result is kept in {previous}" if previous and not spec.always else ""
-        raise Failed(f"{error}{kept}") from error
+        raise type(error)(f"{error}{kept}") from error
     print(f"  {spec.name}: {status} in {time.monotonic() - began:.0f} s", flush=True)
     if status == "complete":
         shutil.rmtree(folder.with_name(f"{folder.name}.previous"), ignore_errors=True)
@@ -312,7 +327,19 @@ def run(plan: RunPlan, deadline: float = math.inf) -> int:
     """Run the planned stages in order and write the report; returns the exit code.
 
     deadline: when to save and stop, in seconds since 1970; the platform's and the quota's own limits come on top.
+    Raises StageError for what the operating system refuses before a kernel starts, Failed for what it refuses then.
     """
+    try:
+        return _run(plan, deadline)
+    except DiskFull:
+        raise
+    except OSError as error:
+        told = fault_of(error, plan.folder)
+        raise StageError(f"{told} (RUNS_ROOT, if set, names another folder for all runs)") from error
+
+
+def _run(plan: RunPlan, deadline: float) -> int:
+    """Do what `run` says."""
     limited, said = quota.limited(plan.weekly_hours), set()
     locks = [runs_root() / ".lock", plan.folder / ".lock"]  # kaggle's commands share a workspace, but not a run
     try:
@@ -339,7 +366,10 @@ def run(plan: RunPlan, deadline: float = math.inf) -> int:
             print(f"Paused. To go on: {shlex.join(plan.again)}")
         if code == REFUSED:
             return code
-        report = write_report(plan.suite, plan.folder, plan.profile)
+        try:
+            report = write_report(plan.suite, plan.folder, plan.profile)
+        except OSError as error:
+            raise Failed(f"the report is not written: {fault_of(error, plan.folder / 'report.html')}") from error
         if code == DONE:
             print_scores(plan.suite, plan.folder)
         print(f"Report: {report}")

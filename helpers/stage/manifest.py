@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -37,9 +39,40 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StageError(f"{path} is not readable JSON ({error}); run the stage again with --force") from error
+    if not isinstance(manifest, dict) or manifest.get("status") not in ("complete", "partial"):
+        raise StageError(f"{path} does not say how far the stage is; run the stage again with --force")
+    return manifest
+
+
+def manifest_elsewhere(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Return the `stage.json` of a run that is only looked at, as `read_manifest` does.
+
+    One that cannot be read, or lacks what is `needed` of it, is warned of and counts as none: what happened to another
+    run stops nothing.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except (StageError, OSError) as error:
+        warnings.warn(f"a stage of another run is passed over: {error}", stacklevel=2)
+        return None
+    lacking = [name for name in needed if manifest is not None and name not in manifest]
+    if lacking:
+        told = f"{folder / 'stage.json'} lacks {', '.join(lacking)}"
+        warnings.warn(f"a stage of another run is passed over: {told}", stacklevel=2)
+        return None
+    return manifest
+
+
+def found_manifest(run_folder: Path, name: str) -> dict[str, Any] | None:
+    """Return what is known of stage `name` of a run, for showing it: the run's own manifest, or that of `find_stage`.
+
+    Raises StageError if the run's own cannot be read; another run's is then passed over.
+    """
+    folder = find_stage(run_folder, name)
+    return read_manifest(folder) if folder.parent == run_folder else manifest_elsewhere(folder)
 
 
 def find_stage(run_folder: Path, name: str) -> Path:
@@ -81,7 +114,7 @@ def _ends(file: Path) -> bytes:
 
 def _parameter(value: Any) -> Any:
     """Stand in the content's hash for a parameter that names a file or folder, so that moving it changes nothing."""
-    if isinstance(value, str) and "/" in value and "://" not in value and Path(value).exists():
+    if isinstance(value, str) and "/" in value and "://" not in value and os.path.exists(value):
         return f"content {fingerprint(Path(value))}"
     return value
 
@@ -218,7 +251,7 @@ def newest_attached(name: str, wanted: Callable[[Path], bool]) -> Path | None:
     for path in attached_paths(name):
         if not wanted(path.parent):
             continue
-        manifest = read_manifest(path.parents[1])
+        manifest = manifest_elsewhere(path.parents[1], ["finished"])
         written = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
         found.append((manifest["finished"] if manifest else written, path.parent))
     return max(found)[1] if found else None

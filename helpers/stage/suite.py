@@ -42,6 +42,7 @@ class StageSpec(BaseModel):
     sections: list[str] = Field(default_factory=list)
     options: dict[str, str] = Field(default_factory=dict)  # parameter -> the command line's option that fills it
     data: list[str] = Field(default_factory=list)  # parameters that name data, which Kaggle attaches to the stage
+    paths: list[str] = Field(default_factory=list)  # further parameters that name a file or a folder
     disk_of: str = ""  # parameter whose folder bounds the disk that the stage asks for
     copies: str = ""  # parameter with which the stage only copies what is named, whatever its minutes
     models: list[str] = Field(default=["encoder.model"])  # profile keys of its base models, see needs_gpu

@@ -1,11 +1,16 @@
 """What notebook 00 tells: known-bad sets with their remedies, attached inputs, the machine, and the GPU-hours."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from helpers.config import load_profile
-from helpers.runner import overview
-from helpers.runner.quota import budgets
+from helpers.runner import overview, quota
+from helpers.runner.quota import budgets, forecasts
+from helpers.stage.manifest import manifest_elsewhere, newest_attached
+from helpers.stage.suite import StageError
+from helpers.suite import main
 from helpers.workspace import faults as workspace_faults
 from helpers.workspace import place
 from helpers.workspace.disk import write_json
@@ -103,3 +108,82 @@ def test_gpu_hours_are_planned_for_profiles_that_need_a_gpu(monkeypatch, tmp_pat
     assert found.total == 37 * 3600
     assert list(dict.fromkeys(piece.stage for piece in plan))[:2] == ["02_feature_caching", "03_adapter_training"]
     assert plan[-1].done
+
+
+# What a power cut, another program or an older version may leave in the place of a stage.json.
+TORN = ["", "{", "[]", "null", "{}", '{"status": "sleeping"}', "\xe9\x00"]
+
+
+def ruin(folder, content):
+    """Write `content` as the stage.json of a stage's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stage.json").write_text(content, encoding="latin-1")
+
+
+@pytest.mark.parametrize("content", [*TORN, '{"status": "complete"}'])
+def test_an_unreadable_stage_of_another_run_is_passed_over(content, monkeypatch, tmp_path, capsys):
+    """Forecast, table of stages and quota go on to the next run that was measured."""
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    monkeypatch.setattr(forecasts, "gpus", lambda: [Gpu("Tesla T4", 15.0, (7, 5))])
+    name, profile = "02_feature_caching", load_profile("tiny")
+    ruin(tmp_path / "a_torn_one" / name, content)
+    good = {"status": "complete", "profile": {"name": "tiny"}, "machine": {"gpu": "Tesla T4"}, "seconds": 1234.0}
+    write_json(tmp_path / "old" / name / "stage.json", good)
+    with pytest.warns(UserWarning, match=f"passed over: {tmp_path}/a_torn_one/{name}/stage.json"):
+        table = overview.stage_table(profile, tmp_path / "new")
+    assert table.loc[name, "forecast from"] == "measured in run 'old'" and table.loc[name, "state"] == "not done"
+    with pytest.warns(UserWarning, match="a_torn_one"):
+        assert main(["quota", "--profile", "tiny", "--run", "new"]) == 0
+    assert "measured in run 'old'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", TORN)
+def test_an_unreadable_stage_of_the_run_itself_stays_an_error(content, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    ruin(tmp_path / "new" / "02_feature_caching", content)
+    with pytest.raises(StageError, match=r"new/02_feature_caching/stage\.json .*--force"):
+        overview.stage_table(load_profile("tiny"), tmp_path / "new")
+    assert main(["quota", "--profile", "tiny", "--run", "new"]) == 2
+    assert "Refused: " in capsys.readouterr().err
+
+
+def test_an_unreadable_stage_of_the_run_that_is_built_on_is_not_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    ruin(tmp_path / "base" / "02_feature_caching", "")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "upstream").write_text("base\n")
+    with pytest.warns(UserWarning, match="base/02_feature_caching"):
+        table = overview.stage_table(load_profile("tiny"), tmp_path / "new")
+    assert table.loc["02_feature_caching", "state"] == "not done"
+
+
+def test_a_stage_that_may_not_be_read_is_passed_over(monkeypatch, tmp_path):
+    """Root reads everything: the operating system's refusal is played."""
+    write_json(tmp_path / "stage.json", {"status": "complete"})
+    monkeypatch.setattr(Path, "read_text", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "denied", "x")))
+    with pytest.warns(UserWarning, match="passed over"):
+        assert manifest_elsewhere(tmp_path) is None
+
+
+def test_unreadable_attached_stages_are_told_and_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setattr(place, "KAGGLE_INPUT", tmp_path)
+    for name, content in (("torn", ""), ("whole", '{"status": "complete", "finished": "2020-01-01T00:00:00+00:00"}')):
+        ruin(tmp_path / name / "runs" / "r" / "03", content)
+        (tmp_path / name / "runs" / "r" / "03" / "bundle").mkdir()
+        (tmp_path / name / "runs" / "r" / "03" / "bundle" / "bundle.json").write_text("{}")
+    with pytest.warns(UserWarning, match="torn"):
+        table = overview.attached_table().set_index("folder")["status"]
+    assert table["torn/runs/r/03"] == "not readable" and table["whole/runs/r/03"] == "complete"
+    with pytest.warns(UserWarning, match="torn"):
+        assert newest_attached("bundle.json", lambda folder: True) is not None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"stages": []}'])
+def test_what_another_run_pushed_is_passed_over_where_it_cannot_be_read(content, monkeypatch, tmp_path):
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    entry = {"status": "running", "kernel": "me/k", "version": 3}
+    write_json(tmp_path / "old" / "kaggle.json", {"stages": {"02": entry}})
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "kaggle.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"torn/kaggle\.json"):
+        assert quota.begun_on_kaggle() == {"me/k/3"}

@@ -28,7 +28,7 @@ def quota_weeks(pieces: Sequence[Piece], weekly_hours: float, refresh: float) ->
 
 
 def _draw(pieces: Sequence[Piece], weekly_hours: float, refresh: float) -> Figure:
-    from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, require_rows
+    from helpers.plots.look import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, literal, new_figure, require_rows
 
     require_rows(pieces, "sessions")
     first = min((piece.opened - refresh) // WEEK for piece in pieces)
@@ -40,7 +40,7 @@ def _draw(pieces: Sequence[Piece], weekly_hours: float, refresh: float) -> Figur
     figure, axes = new_figure(1, 2, (9.5, height + 0.6), gridspec_kw={"width_ratios": [3, 1]}, sharey=True)
     calendar, sums = axes[0]
     for stage, color in zip(stages, (SKY, BLUE, GREEN, PURPLE, ORANGE, RED) * len(stages), strict=False):
-        label = stage
+        label = literal(stage)
         for number, start in enumerate(starts):
             spans = [
                 (max(piece.began, start), min(piece.ended, start + WEEK)) for piece in pieces if piece.stage == stage

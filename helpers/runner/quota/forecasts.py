@@ -10,7 +10,7 @@ import pandas as pd
 from helpers.config import ConfigError, Profile
 from helpers.runner.quota.budgets import Budget, deadline
 from helpers.runner.quota.ledger import HOUR, WEEK, pushed, span, when
-from helpers.stage.manifest import find_stage, read_manifest
+from helpers.stage.manifest import found_manifest, manifest_elsewhere
 from helpers.stage.pace import START_UP_SECONDS, own_pace
 from helpers.stage.suite import StageSpec
 from helpers.workspace.machine import gpus
@@ -53,11 +53,12 @@ def decide(forecast: Forecast, now: float, ends: float) -> Decision:
 
 
 def _measured(spec: StageSpec, profile: Profile, names: set[str]) -> tuple[float, str] | None:
-    """Find how long the stage took in a finished run of the same profile on the same GPUs."""
+    """Find how long the stage took in a finished run of the same profile on the same GPUs; unreadable ones are left."""
     for file in sorted(runs_root().glob(f"*/{spec.name}/stage.json")):
-        manifest = read_manifest(file.parent)
-        same = manifest["profile"]["name"] == profile.name and {manifest["machine"].get("gpu")} == names
-        if manifest["status"] == "complete" and same:
+        manifest = manifest_elsewhere(file.parent, ["profile", "machine", "seconds"])
+        if manifest is None or manifest["status"] != "complete":
+            continue
+        if manifest["profile"]["name"] == profile.name and {manifest["machine"].get("gpu")} == names:
             return manifest["seconds"], f"measured in run {file.parent.parent.name!r}"
     return None
 
@@ -72,7 +73,7 @@ def forecast(
     would make, and only copies it. cards: names of the GPUs that the stage will run on; None: of those that are here.
     """
     folder, there = run_folder / spec.name, pushed(run_folder).get(spec.name, {})
-    manifest = read_manifest(find_stage(run_folder, spec.name)) or there.get("manifest")
+    manifest = found_manifest(run_folder, spec.name) or there.get("manifest")
     if manifest and manifest["status"] == "complete" and not spec.always:
         return Forecast(spec.name, 0.0, "done", spec.gpu)
     if copies:

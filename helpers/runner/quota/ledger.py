@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,7 +152,12 @@ def begun(entry: Mapping[str, Any]) -> bool:
 
 def begun_on_kaggle() -> set[str]:
     """Return the names of all sessions that were pushed from here and whose end has not been seen."""
-    entries = [entry for file in runs_root().glob("*/kaggle.json") for entry in pushed(file.parent).values()]
+    entries: list[Mapping[str, Any]] = []
+    for file in runs_root().glob("*/kaggle.json"):
+        try:
+            entries += pushed(file.parent).values()
+        except (OSError, ValueError, AttributeError) as error:  # of any run: what happened to it stops no other
+            warnings.warn(f"{file} is passed over: it cannot be read ({error})", stacklevel=2)
     return {session_on_kaggle(entry) for entry in entries if begun(entry)}
 
 
@@ -167,7 +174,8 @@ def metered(session_seconds: Callable[[], float], interval: float = BEAT_SECONDS
 
     def go_on() -> None:
         while not over.wait(interval):
-            beat()
+            with suppress(OSError):  # the next beat tells all that this one would have
+                beat()
 
     beat()
     thread = threading.Thread(target=go_on, daemon=True)
@@ -177,4 +185,7 @@ def metered(session_seconds: Callable[[], float], interval: float = BEAT_SECONDS
     finally:
         over.set()
         thread.join()
-        beat()
+        try:
+            beat()
+        except OSError as error:  # work that is done is not lost with it
+            print(f"  Warning: this session's last minutes are not noted in {ledger.path}: {error}", file=sys.stderr)
