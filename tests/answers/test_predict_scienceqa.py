@@ -31,7 +31,11 @@ from helpers.workspace.weights import ModelNotFound
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The tiny profile on random backbones, with a tokenizer in which each of " A" to " E" is a token."""
+    """The tiny profile on random backbones, with a tokenizer in which each of " A" to " E" is a token.
+
+    The head's rows of these tokens are longer than the others and far apart: most written answers are letters, of
+    several choices, and some of none.
+    """
     folder, language = tmp_path_factory.mktemp("tiny-clip"), tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -41,7 +45,11 @@ def config(tmp_path_factory):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     llama = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, initializer_range=0.2, **sizes, **ids)
-    LlamaForCausalLM(llama).save_pretrained(language)
+    language_model = LlamaForCausalLM(llama)
+    letters = [tokenizer(f"is {c}", add_special_tokens=False).input_ids[-1] for c in "ABCDE"]
+    with torch.no_grad():
+        language_model.lm_head.weight[letters] = 4 * torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    language_model.save_pretrained(language)
     own = {"language_model": str(language), "vision_model": str(folder), "batch_size": 4, "evaluation_batch": 5}
     own |= {"projector_dim": 8, "adapter_dim": 2, "max_tokens": 400, "epochs": 1, "warmup_epochs": 0.5}
     return load_profile("tiny", {f"adem.{key}": value for key, value in own.items()}).adem
@@ -95,6 +103,10 @@ def test_answers_are_those_of_every_problem_alone(model, config, test_rows, answ
         capitals = [c for c in written if c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
         index = "ABCDE".find(capitals[0]) if capitals else -1
         assert answer["prediction"] == (index if 0 <= index < len(row["choices"]) else WRONG)
+    counts = answers["prediction"].value_counts()
+    assert counts.drop(WRONG).sum() >= len(answers) / 2 and len(counts) >= 4, "too little was compared"
+    letters = answers["generated"].str.strip().isin(list("ABCDE"))
+    assert (letters & (answers["prediction"] == WRONG)).any(), "no letter beyond the choices"
 
 
 def test_a_problem_that_is_too_long_is_wrong_and_not_cut(model, config, test_rows, answers):
