@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -209,16 +209,19 @@ class AdemConfig(Section):
     log_steps: Positive
     evaluation_batch: Positive
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_in_from_the_preset(cls, values: Any) -> Any:
+    def _fill_in_from_the_preset(cls, values: Any, check: Callable[[Any], "AdemConfig"]) -> "AdemConfig":
+        """What the preset gives does not count as set (`model_fields_set`): see `with_defaults`."""
         if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
-            return values
+            return check(values)
         names = sorted(path.stem for path in ADEM_PRESETS.glob("*.yaml"))
         if values["preset"] not in names:
             raise ValueError(f"unknown adem.preset {values['preset']!r}; {nearest(values['preset'], names)}")
         path = ADEM_PRESETS / f"{values['preset']}.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) | values
+        filled = check(yaml.safe_load(path.read_text(encoding="utf-8")) | values)
+        filled.model_fields_set.intersection_update(values)
+        return filled
 
     @model_validator(mode="after")
     def _splits_are_read_once(self) -> "AdemConfig":
@@ -402,6 +405,19 @@ def _read_item(item: str, kind: Any) -> Any:
 
 def _is_text(kind: Any) -> bool:
     return _is_text(get_args(kind)[0]) if get_origin(kind) is Annotated else kind is str or get_origin(kind) is Literal
+
+
+def with_defaults(profile: Profile, defaults: Mapping[str, Any]) -> Profile:
+    """Return the profile with these values by dotted key, but for keys that the person set, whatever to.
+
+    Set is what an override or the profile's file says; what a section filled in by itself, as from a preset, is not.
+    """
+    for key, value in defaults.items():
+        name, _, own = key.partition(".")
+        section = getattr(profile, name)
+        if own not in section.model_fields_set:
+            profile = profile.model_copy(update={name: section.model_copy(update={own: value})})
+    return profile
 
 
 def parse_override(key: str, text: str) -> Any:

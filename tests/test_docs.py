@@ -136,7 +136,7 @@ def check(command: str) -> None:
 def house(tmp_path, monkeypatch):
     """A working folder with everything that the commands name."""
     files = "my_gifs/cat.gif my_gifs/qa.csv worlds/seven/qa.csv runs/tiny/asked/SESSION/qa.csv"
-    for name in (*files.split(), "tgif-v1.0.tsv", "tgif-qa/dataset/x", "checkpoint-19.pth", "FOLDER/x"):
+    for name in (*files.split(), "tgif-v1.0.tsv", "tgif-qa/dataset/x", "checkpoint_7B_sqa.pth", "FOLDER/x"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     bundle = Path(find_model("tiny/llama")).with_name("bundle")

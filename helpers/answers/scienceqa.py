@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -45,6 +46,8 @@ def predict(
     blind: problems are shown without their images. images: other images by pid (see `shuffle_images`). deadline: in
     seconds from now; DeadlineReached is raised when it has passed.
     """
+    if problems.empty:
+        return pd.DataFrame(columns=["pid", *ANSWER_COLUMNS])
     ends = time.perf_counter() + deadline
     encoded, left_out = encode_problems(model, problems, config, answers=False, blind=blind)
     reasons = dict(zip(left_out["item"], left_out["reason"], strict=True))
@@ -79,7 +82,9 @@ def predict(
 def shuffle_images(problems: pd.DataFrame, seed: int) -> dict[str, str]:
     """pid -> the image of another problem: of one with the same skill, where there is another, else of any other.
 
-    A random cyclic order within each skill, so that every image is shown once and none at its own problem.
+    A random cyclic order within each skill, and among the problems that are alone in theirs, so that every image is
+    shown once and none at its own problem. If a single problem is alone in its skill, it is shown any other's image,
+    and its own is not shown. The only image of all stays where it is, with a warning.
     """
     seen = problems[problems["image"] != ""]
     rng = np.random.default_rng(seed)
@@ -90,6 +95,11 @@ def shuffle_images(problems: pd.DataFrame, seed: int) -> dict[str, str]:
         order = rng.permutation(len(group))
         pids, paths = group["pid"].to_numpy()[order], group["image"].to_numpy()[order]
         found |= dict(zip(pids.tolist(), np.roll(paths, 1).tolist(), strict=True))
+    alone = seen[sizes == 1]
+    if len(seen) == 1:
+        warnings.warn(f"{alone['pid'].iloc[0]} is the only problem with an image: it keeps its own", stacklevel=2)
+    elif len(alone) == 1:
+        found[alone["pid"].iloc[0]] = str(rng.choice(seen["image"][sizes > 1]))
     return found
 
 

@@ -8,16 +8,19 @@ images/<split>/<pid>/image.png. Prompts as in ADEM-VL's official code (github.co
 from __future__ import annotations
 
 import json
+import os
 import re
 import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from helpers.config import nearest
@@ -55,6 +58,7 @@ TEXTS = {
 IMAGES = "https://scienceqa.s3.us-west-1.amazonaws.com/images/{split}.zip"
 GIGABYTES = 3.0  # asked for before fetching: archives and images together, generously
 MAX_IMAGE_BYTES = 50_000_000
+FEW = 100  # images, opened in less than a second: no progress is shown
 
 
 # ---- The files -----------------------------------------------------------------------------------------------------
@@ -71,11 +75,13 @@ class ScienceQA:
     """What was left out: `item` (the problem's id), `where` (file), `reason`."""
 
 
-def load(folder: str | Path, splits: Sequence[str] = SPLITS, captions: bool = False) -> ScienceQA:
+def load(folder: str | Path, splits: Sequence[str] = SPLITS, captions: bool = False, decode: bool = True) -> ScienceQA:
     """Read problems.json, pid_splits.json and the images' paths of `folder`, in the order of pid_splits.json.
 
-    captions: read captions.json too; without it every caption is "".
-    A problem that cannot be used (no choices, an answer outside them, a missing image, ...) is listed in the rejects.
+    captions: read captions.json too; without it every caption is "". decode: open every image once, so that a broken
+    one is found now and not in the middle of a training.
+    A problem that cannot be used (no choices, an answer outside them, a missing or broken image, ...) is listed in the
+    rejects.
     Raises `CorpusError` if a file is missing or not in the format, a split is unknown, or nothing is left.
     """
     folder = Path(folder)
@@ -106,6 +112,9 @@ def load(folder: str | Path, splits: Sequence[str] = SPLITS, captions: bool = Fa
                 continue
             row["caption"] = described.get(pid, "") if row["image"] else ""
             rows[pid] = row
+    if decode:
+        for pid, fault in image_faults({pid: row["image"] for pid, row in rows.items()}).items():
+            rejects.append((pid, Path(rows.pop(pid)["image"]).relative_to(folder).as_posix(), fault))
     require_questions(list(rows), rejects, folder)
     problems = pd.DataFrame(list(rows.values()), columns=PROBLEM_COLUMNS)
     return ScienceQA(problems.astype({"answer": "int64", "grade": "int64"}), reject_table(rejects))
@@ -283,12 +292,64 @@ def _image_path(folder: Path, row: Mapping[str, Any]) -> str:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A problem's image in RGB, as the official code reads it. Raises `CorpusError` if the file is no image."""
+    """A problem's image in RGB, as the official code reads it, but that 16-bit grey is scaled to 0..255.
+
+    Raises `CorpusError` if the file is no image, or a broken one.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's broken PNG chunks
-        raise CorpusError(f"{path} is not readable as an image: {error}. Fetch it again.") from error
+            return _to_rgb(image)
+    except Exception as error:  # what a damaged file makes Pillow raise is of any kind
+        raise CorpusError(f"{path} is not readable as an image: {_image_fault(Path(path), error)}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # grey of 16 bits: Pillow would clip it at 255, so that nearly all turns white
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("its grey values are not of 8 or 16 bits")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 65535 is 255 times 257
+    return image.convert("RGB")
+
+
+def _image_fault(path: Path, error: Exception) -> str:
+    """What is wrong with a file that could not be read as an image, and what to do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(200).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    except OSError:
+        return str(error)
+    if not start:
+        return "the file is empty. Fetch it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the image. Run `git lfs pull` where it came from."
+    if start.startswith(b"<") and b"<svg" not in start:
+        return "it is a web page in place of the image. Fetch it again."
+    if "MAX_TEXT" in str(error):
+        return "its text chunks are larger than any image needs. Save it again without them."
+    if isinstance(error, UnidentifiedImageError):
+        return "it is of no kind that is known. Fetch it again."
+    return f"it is torn or damaged ({error}). Fetch it again."
+
+
+def image_faults(paths: Mapping[str, str]) -> dict[str, str]:
+    """Problem id -> what is wrong with its image, of those that cannot be read; each is decoded once, none is kept.
+
+    paths: the images' files by problem id, "" for a problem without one.
+    """
+    paths = {pid: path for pid, path in paths.items() if path}
+
+    def fault(path: str) -> str:
+        try:
+            open_image(path)
+        except CorpusError as error:
+            return f"its image is not readable: {_image_fault(Path(path), error.__cause__)}"
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        told = pool.map(fault, paths.values())
+        found = list(tqdm(told, desc="opening images", total=len(paths), unit="image", disable=len(paths) < FEW))
+    return {pid: text for pid, text in zip(paths, found, strict=True) if text}
 
 
 # ---- Prompts -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from helpers.answers.scienceqa import predict
 from helpers.config import AdemConfig, Profile, as_now, tiny_adem
 from helpers.corpora import diagrams
 from helpers.corpora.schema import CorpusError
-from helpers.corpora.scienceqa import LETTERS, find_attached, load, open_image
+from helpers.corpora.scienceqa import LETTERS, find_attached, image_faults, load, open_image
 from helpers.demo.found import given_folder
 from helpers.demo.panels import bars
 from helpers.demo.session import BUILT_IN_SEED
@@ -83,7 +83,8 @@ def find_problems(folder: Path, found: FoundAdem, data: str = "") -> pd.DataFram
     """At most `MAX_PROBLEMS` test problems, one a skill, those with an image first.
 
     Of `data`, a folder in ScienceQA's official layout, if given; else of what the model was trained on, or of the
-    attached ScienceQA if it was trained on that; else of the built-in world, which is drawn into `folder`. Raises
+    attached ScienceQA if it was trained on that; else of the built-in world, which is drawn into `folder`. One whose
+    image cannot be read is left out. Raises
     CorpusError if `data` is no such folder.
     """
     if data:
@@ -93,9 +94,12 @@ def find_problems(folder: Path, found: FoundAdem, data: str = "") -> pd.DataFram
         source = (
             found.data or attached or diagrams.write(folder, seed=BUILT_IN_SEED, train=0, val=0, test=BUILT_IN_PROBLEMS)
         )
-    problems = load(source, splits=("test",), captions=(source / "captions.json").is_file()).problems
+    captions = (source / "captions.json").is_file()
+    problems = load(source, splits=("test",), captions=captions, decode=False).problems
     problems = problems.sort_values("image", key=lambda path: path == "", kind="stable").drop_duplicates("skill")
-    return problems.head(MAX_PROBLEMS).reset_index(drop=True)
+    problems = problems.head(MAX_PROBLEMS)
+    broken = image_faults(dict(zip(problems["pid"], problems["image"], strict=True)))
+    return problems[~problems["pid"].isin(broken)].reset_index(drop=True)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def stage_settings(
     spec: StageSpec, profile: Profile, parameters: Mapping[str, Any], run_folder: Path
 ) -> dict[str, Any]:
     """Return everything that decides whether a finished stage can stand: compared key by key, and hashed as its key."""
-    sections = {}
+    profile, sections = spec.asked_profile(profile, parameters), {}
     for name in spec.sections:
         section, _, key = name.partition(".")
         if section != "shapes" or profile.data.corpus == "shapes":

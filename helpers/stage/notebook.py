@@ -83,9 +83,9 @@ class Stage:
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
-        self.profile: Profile = load_profile(profile, dict(overrides or {}))
         self.parameters = dict(parameters or {})
         self._spec = load_suite(suite_file()).spec(name)
+        self.profile: Profile = self._spec.asked_profile(load_profile(profile, dict(overrides or {})), self.parameters)
         if platform() == "kaggle" and needs_gpu(self._spec, self.profile):
             _check_gpu(self._spec)
         self._run_folder = runs_root() / (run or self.profile.name)

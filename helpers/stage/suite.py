@@ -1,14 +1,15 @@
 """What `suite.yaml` says of the stages, one entry a notebook."""
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from helpers.config import Profile, nearest, profile_keys
+from helpers.config import Profile, nearest, profile_keys, with_defaults
 from helpers.workspace.place import repo_root
 
 OPTIONS = ("gifs", "qa", "holdout", "bundle")  # of the command line, for a person's own files
@@ -45,6 +46,7 @@ class StageSpec(BaseModel):
     paths: list[str] = Field(default_factory=list)  # further parameters that name a file or a folder
     disk_of: str = ""  # parameter whose folder bounds the disk that the stage asks for
     copies: str = ""  # parameter with which the stage only copies what is named, whatever its minutes
+    defaults: dict[str, dict[str, Any]] = Field(default_factory=dict)  # parameter -> profile keys, see asked_profile
     models: list[str] = Field(default=["encoder.model"])  # profile keys of its base models, see needs_gpu
     scores: Scores | None = None
     contract: int
@@ -58,6 +60,13 @@ class StageSpec(BaseModel):
     minutes: dict[str, float]
     gigabytes: dict[str, float]
     kaggle_sources: list[str] = Field(default_factory=list)
+
+    def asked_profile(self, profile: Profile, parameters: Mapping[str, Any]) -> Profile:
+        """The profile that the stage works by: with the `defaults` of parameters that are filled in."""
+        for name, keys in self.defaults.items():
+            if parameters.get(name):
+                profile = with_defaults(profile, keys)
+        return profile
 
 
 class Suite(BaseModel):

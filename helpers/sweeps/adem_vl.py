@@ -43,7 +43,7 @@ def run_ablation(
     rows = {label: changed(config, values) for label, values in ablation_rows(name, grid_of(config)).items()}
     for own in rows.values():
         fit_scales(own.scales, grid_of(own))
-        find_model(own.language_model, own.language_revision)
+        find_model(own.language_model, own.language_revision, "ADEM-VL")
     found = []
     for label, own in rows.items():
         for seed in range(seeds):
@@ -134,6 +134,6 @@ def changed(config: AdemConfig, values: Mapping[str, Any]) -> AdemConfig:
 
 def grid_of(config: AdemConfig) -> int:
     """Side of the patch grid of the profile's vision encoder."""
-    found = AutoConfig.from_pretrained(find_model(config.vision_model, config.vision_revision))
+    found = AutoConfig.from_pretrained(find_model(config.vision_model, config.vision_revision, "ADEM-VL"))
     vision = getattr(found, "vision_config", found)
     return vision.image_size // vision.patch_size

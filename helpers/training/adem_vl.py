@@ -194,8 +194,9 @@ def build_model(config: AdemConfig) -> AdemVL:
 
 def load_model(config: AdemConfig, folder: Path | str) -> AdemVL:
     """What `AdemVL.save_pretrained` wrote to `folder`, on the profile's base models. Raises as `from_pretrained`."""
-    language = find_model(config.language_model, config.language_revision)
-    return AdemVL.from_pretrained(folder, language, find_model(config.vision_model, config.vision_revision))
+    language = find_model(config.language_model, config.language_revision, "ADEM-VL")
+    vision = find_model(config.vision_model, config.vision_revision, "ADEM-VL")
+    return AdemVL.from_pretrained(folder, language, vision)
 
 
 def parameter_groups(model: AdemVL, config: AdemConfig) -> list[dict[str, Any]]:

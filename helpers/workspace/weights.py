@@ -57,8 +57,23 @@ def _hub_model(model_id: str, revision: str | None) -> str:
     raise FileNotFoundError(f"the hub's {model_id} has neither safetensors nor pytorch_model.bin files")
 
 
-def find_model(model_id: str, revision: str | None = None) -> str:
-    """Return the local folder of a model's weights.
+WAYS = {
+    "GIFs": (
+        "-p language_model.model FOLDER (encoder: -p encoder.model FOLDER; in Python the arguments language_model and "
+        "video_model)",
+        "--profile tiny uses the models that ship with the suite",
+    ),
+    "ADEM-VL": (
+        "-p adem.language_model FOLDER (image encoder: -p adem.vision_model FOLDER)",
+        "the small ones that ship with the suite: -p adem.language_model tiny/science_llama "
+        "-p adem.vision_model tiny/science_clip -p adem.scales null",
+    ),
+}
+"""By system that asks for weights: how a folder is named, and what needs no weights."""
+
+
+def find_model(model_id: str, revision: str | None = None, system: str = "GIFs") -> str:
+    """Return the local folder of a model's weights; system: the one of `WAYS` that asks, whose ways out are told.
 
     Looked for in this order: the shipped `tiny/*` models, a folder given as `model_id`, a model attached on Kaggle,
     the Hugging Face cache or hub, `models/<name>` in the repository. Raises ModelNotFound with every way out.
@@ -82,6 +97,7 @@ def find_model(model_id: str, revision: str | None = None) -> str:
         if (local / "config.json").is_file():
             return str(local)
         cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        folder, shipped = WAYS[system]
         at = f" at revision {revision}" if revision else ""
         raise ModelNotFound(
             f"No weights for {model_id}{at}. The hub said: {cause}\nWays out:\n"
@@ -89,7 +105,6 @@ def find_model(model_id: str, revision: str | None = None) -> str:
             f"  2. Hugging Face: accept the licence at https://huggingface.co/{model_id} if it is gated, then run "
             "`hf auth login` or set HF_TOKEN.\n"
             f"  3. Without network: put config.json, tokenizer and safetensors files into {local}, or give a folder: "
-            "-p language_model.model FOLDER (encoder: -p encoder.model FOLDER; in Python the arguments language_model "
-            "and video_model).\n"
-            "  4. No weights at all: --profile tiny uses the models that ship with the suite."
+            f"{folder}.\n"
+            f"  4. No weights at all: {shipped}."
         ) from error

@@ -31,7 +31,11 @@ from helpers.workspace.weights import ModelNotFound
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The tiny profile on random backbones, with a tokenizer in which each of " A" to " E" is a token."""
+    """The tiny profile on random backbones, with a tokenizer in which each of " A" to " E" is a token.
+
+    The head's rows of these tokens are longer than the others and far apart: most written answers are letters, of
+    several choices, and some of none.
+    """
     folder, language = tmp_path_factory.mktemp("tiny-clip"), tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -41,7 +45,11 @@ def config(tmp_path_factory):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     llama = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, initializer_range=0.2, **sizes, **ids)
-    LlamaForCausalLM(llama).save_pretrained(language)
+    language_model = LlamaForCausalLM(llama)
+    letters = [tokenizer(f"is {c}", add_special_tokens=False).input_ids[-1] for c in "ABCDE"]
+    with torch.no_grad():
+        language_model.lm_head.weight[letters] = 4 * torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    language_model.save_pretrained(language)
     own = {"language_model": str(language), "vision_model": str(folder), "batch_size": 4, "evaluation_batch": 5}
     own |= {"projector_dim": 8, "adapter_dim": 2, "max_tokens": 400, "epochs": 1, "warmup_epochs": 0.5}
     return load_profile("tiny", {f"adem.{key}": value for key, value in own.items()}).adem
@@ -95,6 +103,10 @@ def test_answers_are_those_of_every_problem_alone(model, config, test_rows, answ
         capitals = [c for c in written if c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
         index = "ABCDE".find(capitals[0]) if capitals else -1
         assert answer["prediction"] == (index if 0 <= index < len(row["choices"]) else WRONG)
+    counts = answers["prediction"].value_counts()
+    assert counts.drop(WRONG).sum() >= len(answers) / 2 and len(counts) >= 4, "too little was compared"
+    letters = answers["generated"].str.strip().isin(list("ABCDE"))
+    assert (letters & (answers["prediction"] == WRONG)).any(), "no letter beyond the choices"
 
 
 def test_a_problem_that_is_too_long_is_wrong_and_not_cut(model, config, test_rows, answers):
@@ -169,6 +181,43 @@ def test_shuffled_images_are_others_of_the_same_skill(test_rows):
     assert found != answering.shuffle_images(test_rows, 4)
 
 
+def pictured(skills):
+    return pd.DataFrame({"pid": [f"p{i}" for i in range(len(skills))], "skill": skills}).assign(
+        image=lambda t: "image of " + t["pid"]
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_problem_alone_in_its_skill_never_keeps_its_own_image(seed):
+    table = pictured(["maps"] * 3 + ["plants"])
+    found = answering.shuffle_images(table, seed)
+    assert found.keys() == set(table["pid"])
+    assert all(path != f"image of {pid}" for pid, path in found.items())
+    assert sorted(found[pid] for pid in ("p0", "p1", "p2")) == ["image of p0", "image of p1", "image of p2"]
+    assert found["p3"] in {"image of p0", "image of p1", "image of p2"}
+    assert found == answering.shuffle_images(table, seed)
+    alone = answering.shuffle_images(pictured(["maps", "plants"]), seed)
+    assert alone == {"p0": "image of p1", "p1": "image of p0"}
+
+
+def test_the_only_image_of_all_is_told_and_none_is_nothing():
+    table = pictured(["maps", "plants"])
+    table.loc[0, "image"] = ""
+    with pytest.warns(UserWarning, match="p1 is the only problem with an image"):
+        found = answering.shuffle_images(table, 0)
+    assert found.get("p1", "image of p1") == "image of p1"
+    assert answering.shuffle_images(table.assign(image=""), 0) == {}
+
+
+def test_no_problems_get_no_answers(model, config, test_rows, answers):
+    none = answering.predict(model, test_rows.head(0), config)
+    assert len(none) == 0 and none.columns.tolist() == answers.columns.tolist()
+    assert answers.columns.tolist() == ["pid", "scores", "generated", "prediction", "likeliest", "too_long"]
+    blind = answering.predict(model, test_rows.head(0), config, blind=True, images={})
+    joined = answering.join_predictions(test_rows.head(0), test_rows, {"": none, "text_only": blind})
+    assert len(joined) == 0 and {"prediction", "text_only_prediction", "majority_prediction"} <= set(joined)
+
+
 @pytest.fixture
 def table():
     """Six problems answered by hand: three with an image, of which the model gets two."""
@@ -217,6 +266,15 @@ def test_published_figures_stand_below_the_runs(table):
     assert (2252 * paper["NAT"] + 889 * paper["SOC"] + 1100 * paper["LAN"]) / 4241 == pytest.approx(93.85, abs=0.01)
     assert [shown.loc[name, "average"] for name in shown.index[-4:]] == [93.61, 85.81, 86.4, 88.4]
     assert shown.loc["random choice, by ScienceQA's authors", "average"] == 39.83
+    student = shown.loc["student, 5 epochs"]
+    groups = {"NAT": 86.06, "SOC": 83.46, "LAN": 87.18, "TXT": 85.00, "IMG": 79.72, "NO": 89.06}
+    for name, value in (groups | {"G1-6": 86.71, "G7-12": 84.18}).items():
+        assert student[name] == value, name
+    assert (2252 * student["NAT"] + 889 * student["SOC"] + 1100 * student["LAN"]) / 4241 == pytest.approx(
+        85.81, abs=0.01
+    )
+    (released,) = [name for name in shown.index if "released weights" in name]
+    assert "QCM-A with captions" in released and shown.loc[released, "average"] == 93.61
 
 
 def test_results_tell_sizes_and_the_headlines_interval(table):

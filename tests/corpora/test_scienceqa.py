@@ -1,12 +1,17 @@
 """ScienceQA: the official layout read strictly, prompts by hand, bad input; and the real slice where it is at hand."""
 
 import http.server
+import io
 import json
+import random
+import re
 import threading
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from helpers.corpora import scienceqa
 from helpers.corpora.schema import CorpusError
@@ -143,6 +148,109 @@ def test_a_broken_image_is_named(tmp_path):
     path.write_bytes(b"\x89PNG\r\n\x1a\nno")
     with pytest.raises(CorpusError, match=r"image\.png is not readable as an image"):
         scienceqa.open_image(path)
+
+
+def png(image, **options):
+    out = io.BytesIO()
+    image.save(out, "PNG", **options)
+    return out.getvalue()
+
+
+def noise(mode="RGB", side=64):
+    return Image.frombytes(mode, (side, side), random.Random(0).randbytes(side * side * len(mode)))
+
+
+def jpeg(image):
+    out = io.BytesIO()
+    image.save(out, "JPEG")
+    return out.getvalue()
+
+
+def wordy_png():
+    """A whole PNG with a compressed comment of two million letters, more than Pillow reads."""
+    info = PngInfo()
+    info.add_text("Comment", "x" * 2_000_000, zip=True)
+    return png(noise(), pnginfo=info)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"\n\n", "the file is empty"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page in place of the image"),
+        (b"\xef\xbb\xbf\n<HTML>", "a web page in place of the image"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page in place of the image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (png(noise())[:6000], "torn or damaged"),
+        (png(noise())[:20], "torn or damaged"),
+        (png(noise())[:10], "torn or damaged|of no kind"),
+        (jpeg(noise())[:1500], "torn or damaged"),
+        (png(noise())[:3000] + bytes(100) + png(noise())[3100:], "torn or damaged"),
+        (wordy_png(), "text chunks are larger than any image needs"),
+        (b"no image at all", "of no kind that is known"),
+    ],
+)
+def test_a_broken_image_is_a_reject_when_the_problems_load(write, content, reason):
+    folder = write({"1": record(), "2": record(image="image.png")}, drawn=["2"])
+    image = folder / "images" / "train" / "2" / "image.png"
+    whole = scienceqa.load(folder)
+    assert whole.problems.pid.tolist() == ["1", "2"] and len(whole.rejects) == 0
+    image.write_bytes(content)
+    corpus = scienceqa.load(folder)
+    assert corpus.problems.pid.tolist() == ["1"]
+    assert corpus.rejects[["item", "where"]].values.tolist() == [["2", "images/train/2/image.png"]]
+    assert re.search(f"its image is not readable: .*({reason})", corpus.rejects.reason[0])
+    with pytest.raises(CorpusError, match=rf"image\.png is not readable as an image: .*({reason})"):
+        scienceqa.open_image(image)
+    assert scienceqa.load(folder, decode=False).problems.pid.tolist() == ["1", "2"]
+
+
+def test_every_image_is_decoded_once_and_only_of_the_splits_asked(write, monkeypatch):
+    problems = {str(i): record(image="image.png", split="train" if i < 5 else "test") for i in range(8)}
+    folder = write(problems | {"8": record()}, drawn=list(problems))
+    opened, original = [], scienceqa.open_image
+    monkeypatch.setattr(scienceqa, "open_image", lambda path: opened.append(str(path)) or original(path))
+    found = scienceqa.load(folder, ["train"]).problems
+    assert sorted(opened) == sorted(found.image[found.image != ""]) and len(opened) == 5
+
+
+def test_nothing_left_but_broken_images_says_why(write):
+    folder = write({"1": record(image="image.png")}, drawn=["1"])
+    (folder / "images" / "train" / "1" / "image.png").write_bytes(b"")
+    with pytest.raises(CorpusError, match="the file is empty"):
+        scienceqa.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_16_bits_keeps_its_shades(tmp_path, kind):
+    """Against the float formula: v / 65535 of white; all 65,536 values."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    path = tmp_path / f"image.{kind.lower()}"
+    Image.fromarray(values).save(path, kind)
+    seen = scienceqa.open_image(path)
+    assert seen.mode == "RGB"
+    expected = np.rint(values.astype(np.float64) / 65535 * 255)
+    for channel in range(3):
+        assert np.array_equal(np.asarray(seen)[..., channel], expected)
+
+
+def test_grey_kept_as_32_bits_is_scaled_as_16_or_refused(tmp_path):
+    """Older versions of Pillow give a PNG of 16 bits that way."""
+    values = np.array([[0, 257, 32768, 65535]], dtype=np.int32)
+    Image.fromarray(values).save(tmp_path / "image.tiff")
+    assert np.asarray(scienceqa.open_image(tmp_path / "image.tiff"))[0, :, 0].tolist() == [0, 1, 128, 255]
+    Image.fromarray(values * 100).save(tmp_path / "deep.tiff")
+    with pytest.raises(CorpusError, match="not of 8 or 16 bits"):
+        scienceqa.open_image(tmp_path / "deep.tiff")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_other_images_are_read_as_the_official_code_reads_them(tmp_path, mode):
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    noise().convert("RGBA" if mode == "RGBA" else "RGB").convert(mode).save(tmp_path / "image", kind)
+    official = Image.open(tmp_path / "image").convert("RGB")
+    assert scienceqa.open_image(tmp_path / "image").tobytes() == official.tobytes()
 
 
 PROBLEM = {"question": "Which?", "choices": ["a  b", "c"], "answer": 1, "hint": "Two states.", "caption": "A map."}

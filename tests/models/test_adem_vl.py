@@ -865,6 +865,32 @@ def test_released_checkpoints_are_loaded_to_where_they_belong(tmp_path):
     without.load_released_adapters(save_released(tmp_path / "no_cls.pth", released(use_cls=False)))
 
 
+def test_checkpoints_saved_from_a_ddp_object_are_loaded_too(tmp_path):
+    """As the released file is: the official code saves `named_parameters()` of the DDP object, "module." in front."""
+    tensors, plain = released(), make_model()
+    plain.load_released_adapters(save_released(tmp_path / "plain.pth", tensors))
+    prefixed = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    model, path = make_model(seed=1), tmp_path / "checkpoint_7B_sqa.pth"
+    model.load_released_adapters(save_released(path, prefixed))
+    loaded = model.adapter_tensors()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in plain.adapter_tensors().items())
+    untouched = make_model(seed=2)
+    before = {name: tensor.clone() for name, tensor in untouched.adapter_tensors().items()}
+    first = next(iter(tensors))
+    cases = {
+        "mixes names with and without 'module.'.*checkpoint_7B_sqa.pth, of the release tagged `checkpoint`": prefixed
+        | {"adapter_emb2": tensors["adapter_emb2"]},
+        "mixes names": {first: tensors[first]} | {k: v for k, v in prefixed.items() if k != f"module.{first}"},
+        "missing: adapter_emb2": {k: v for k, v in prefixed.items() if k != "module.adapter_emb2"},
+        "missing: adapter_emb1": {f"module.{name}": tensor for name, tensor in prefixed.items()},
+        r"adapter_emb1 is \[1, 16, 32\]": prefixed | {"module.adapter_emb1": torch.zeros(1, 16, 32)},
+    }
+    for fault, content in cases.items():
+        with pytest.raises(AdemVLError, match=fault):
+            untouched.load_released_adapters(save_released(path, content))
+    assert all(torch.equal(before[name], tensor) for name, tensor in untouched.adapter_tensors().items())
+
+
 def test_released_names_at_full_size():
     llama = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008)
     clip = CLIPVisionConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
@@ -895,7 +921,7 @@ def test_released_checkpoints_are_loaded_strictly_and_safely(tmp_path):
         with pytest.raises(AdemVLError, match=fault):
             model.load_released_adapters(save_released(path, content))
     torch.save(tensors, path)
-    with pytest.raises(AdemVLError, match="no `model`"):
+    with pytest.raises(AdemVLError, match=r"no `model`.*checkpoint_7B_sqa\.pth, of the release tagged `checkpoint`"):
         model.load_released_adapters(path)
 
     class Harmful:

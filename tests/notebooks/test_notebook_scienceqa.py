@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from helpers.config import load_profile
-from helpers.models.adem_vl.model import released_names
 from helpers.training.adem_vl import build_model
 from helpers.workspace.place import repo_root
 
@@ -87,12 +86,23 @@ def test_one_base_model_at_a_time_and_no_answer_twice(execute):
 
 
 def test_released_adapters_answer_without_training(execute, tmp_path):
-    model = build_model(load_profile("tiny").adem)
-    names = released_names(model.adapter_tensors())
-    tensors = {names[name]: torch.full_like(tensor, 0.01) for name, tensor in model.adapter_tensors().items()}
-    torch.save({"model": tensors}, tmp_path / "checkpoint-19.pth")
-    done, told, folder = execute(adapters=str(tmp_path / "checkpoint-19.pth"))
+    """Saved as the authors saved theirs, by the names of spec and release; asked as their evaluator asks."""
+    config = load_profile("tiny").adem
+    model = build_model(config).config
+    width, dim = model.vision_config.hidden_size, model.llm_config.hidden_size
+    shapes = {f"adapter_emb{i}": (1, model.positions, dim) for i in (1, 2)}
+    for part in ("adapter_proj", "adapter_proj_cls"):
+        shapes |= {f"{part}.fc1.weight": (config.projector_dim, width), f"{part}.fc1.bias": (config.projector_dim,)}
+        shapes |= {f"{part}.fc2.weight": (dim, config.projector_dim), f"{part}.fc2.bias": (dim,)}
+    for block in range(model.vision_config.num_hidden_layers):
+        name = f"backbone.visual.transformer.resblocks.{block}.adapter_mlp"
+        shapes |= {f"{name}.fc1.weight": (config.adapter_dim, width), f"{name}.fc2.weight": (width, config.adapter_dim)}
+    tensors = {f"module.{name}": torch.full(shape, 0.01) for name, shape in shapes.items()}
+    torch.save({"model": tensors}, tmp_path / "checkpoint_7B_sqa.pth")
+    done, told, folder = execute(adapters=str(tmp_path / "checkpoint_7B_sqa.pth"))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((folder / "scores.json").read_text())["args"]["protocol"] == "QCM-A with captions"
+    assert "prompt (adem.protocol): QCM-A with captions" in done.stdout
     assert told["predicted"] == ["model", "shuffled"] and not (folder / "text_only").exists()
     predictions = pd.read_parquet(folder / "predictions.parquet")
     assert len(predictions) == 20 and "text_only_prediction" not in predictions

@@ -71,6 +71,35 @@ def test_metrics_of_numpy_become_json_and_nan_becomes_null():
     assert json.loads(path.read_text())["metrics"] == {"a": 0.5, "b": None, "c": [0, 1], "d": {"e": [1, 2]}}
 
 
+def test_a_filled_parameter_brings_defaults_that_give_way_to_what_the_person_set(world):
+    """Released ADEM-VL weights are asked as their authors ask, unless a prompt is named; the settings say which."""
+    (world / "suite.yaml").write_text((repo_root() / "notebooks" / "suite.yaml").read_text())
+    name, weights = "05_adem_scienceqa", {"adapters": "checkpoint_7B_sqa.pth"}
+    own = world / "own.yaml"
+    own.write_text((repo_root() / "helpers" / "profiles" / "tiny.yaml").read_text().replace("name: tiny", "name: own"))
+    spec, cases = stages.load_suite(world / "suite.yaml").spec(name), iter(range(99))
+
+    def asked(overrides=None, parameters=weights, profile="tiny"):
+        run = f"r{next(cases)}"
+        stage = Stage(name, profile=profile, run=run, overrides=overrides, parameters=parameters)
+        # what the runner and the fetching from Kaggle expect of the stage's manifest
+        planned = stage_settings(spec, load_profile(profile, overrides or {}), parameters, world / "runs" / run)
+        manifest = json.loads(stage.finish({}).read_text())
+        assert manifest["settings"] == planned and manifest["key"] == stages.settings_key(planned)
+        assert planned["profile"]["adem"]["protocol"] == stage.profile.adem.protocol
+        return stage.profile.adem.protocol
+
+    assert asked(parameters={"adapters": ""}) == "QCM-A"
+    assert asked() == asked(profile=str(own)) == "QCM-A with captions"
+    assert asked({"adem.preset": "student", "adem.epochs": 3}) == "QCM-A with captions"
+    for chosen in ("QCM-A", "CQM-A", "released mismatch"):  # the preset's own among them
+        assert asked({"adem.protocol": chosen}) == chosen
+    text = own.read_text()
+    own.write_text(text.replace("\nadem:", "\nadem:\n  protocol: QCM-A"))
+    assert asked(profile=str(own)) == "QCM-A"
+    assert asked({"adem.preset": "student"}, {"adapters": ""}) == "released mismatch"
+
+
 def test_run_folder_is_named_after_the_profile_unless_told(world):
     assert Stage("one", profile="tiny").folder == world / "runs" / "tiny" / "one"
     assert Stage("one", profile="tiny", run="mine").folder == world / "runs" / "mine" / "one"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from helpers import training
-from helpers.config import ConfigError, load_profile
+from helpers.config import ADEM_PRESETS, ConfigError, load_profile
 from helpers.corpora import VALIDATION, diagrams, load_problems, scienceqa
 from helpers.corpora.schema import CorpusError
 from helpers.corpora.scienceqa import load
@@ -58,23 +58,77 @@ def run(folder, problems, config, **options):
 # ---- presets ----
 
 
+# Every key of the paper's recipe, from its official code (README's command, train.py's defaults) and the specification.
+PAPER = {
+    "corpus": "scienceqa",
+    "world_seed": 0,
+    "world_train": 2000,
+    "world_test": 400,
+    "evaluation_splits": ["test"],
+    "protocol": "QCM-A",
+    "max_tokens": 512,
+    "language_model": "huggyllama/llama-7b",
+    "language_revision": None,
+    "quantisation": "none",
+    "vision_model": "openai/clip-vit-large-patch14",
+    "vision_revision": None,
+    "normalisation": "imagenet",
+    "adapter_dim": 12,
+    "projector_dim": 128,
+    "scales": [256, 64],
+    "alpha": 0.1,
+    "beta": 0.01,
+    "drop_ratio": 0.1,
+    "use_cls": True,
+    "cross_attention": "mlp_in_out",
+    "phi": "silu",
+    "learnable_threshold": False,
+    "layer_dropout": 0.0,
+    "cross_attention_dropout": 0.0,
+    "epochs": 20,
+    "warmup_epochs": 2,
+    "learning_rate": 9e-3 * 32 / 256,
+    "weight_decay": 0.02,
+    "max_grad_norm": 0,
+    "batch_size": 2,
+    "accumulation": 16,
+    "gradient_checkpointing": False,
+    "seed": 42,
+    "checkpoint_minutes": 10,
+    "log_steps": 10,
+    "evaluation_batch": 4,
+}
+STUDENT = {"protocol": "released mismatch", "epochs": 5, "warmup_epochs": 0, "weight_decay": 0.05}
+T4 = {"quantisation": "nf4", "normalisation": "encoder", "scales": None, "epochs": 8, "warmup_epochs": 1}
+T4 |= {"batch_size": 4, "accumulation": 8, "gradient_checkpointing": True, "evaluation_batch": 8}
+
+
 @pytest.mark.parametrize(
-    ("preset", "keys"),
+    ("preset", "changes"),
     [
-        ("paper", {"epochs": 20, "warmup_epochs": 2, "weight_decay": 0.02, "learning_rate": 9e-3 * 32 / 256}),
-        ("student", {"epochs": 5, "warmup_epochs": 0, "weight_decay": 0.05, "batch_size": 2, "accumulation": 16}),
-        ("student", {"protocol": "released mismatch", "normalisation": "imagenet"}),
-        ("student_batch4", {"batch_size": 4, "accumulation": 8, "weight_decay": 0.01}),
-        ("student_adapter16", {"adapter_dim": 16, "protocol": "released mismatch"}),
-        ("t4", {"quantisation": "nf4", "max_tokens": 512, "gradient_checkpointing": True, "checkpoint_minutes": 10}),
-        ("t4", {"normalisation": "encoder", "protocol": "QCM-A"}),
+        ("paper", {}),
+        ("student", STUDENT),
+        ("student_batch4", STUDENT | {"batch_size": 4, "accumulation": 8, "weight_decay": 0.01}),
+        ("student_adapter16", STUDENT | {"adapter_dim": 16}),
+        ("t4", T4),
     ],
 )
-def test_presets_are_the_recipes(preset, keys):
+def test_presets_are_the_recipes(preset, changes):
+    """Every key: the paper's, but for those that make the preset."""
     config = load_profile("tiny", {"adem.preset": preset}).adem
-    assert {key: getattr(config, key) for key in keys} == pytest.approx(keys)
+    assert config.model_dump() == PAPER | changes | {"preset": preset}
     assert config.batch_size * config.accumulation == 32 and fit_scales(config.scales, 16) == (256, 64)
-    assert (config.alpha, config.beta, config.drop_ratio, config.max_tokens) == (0.1, 0.01, 0.1, 512)
+
+
+def test_presets_say_what_their_source_does_not_settle():
+    """The student's report contradicts itself on weight decay, and its log tells what memory batch 4 takes."""
+    for path in sorted(ADEM_PRESETS.glob("student*.yaml")):
+        told = path.read_text().partition("corpus:")[0]
+        assert "0.05" in told and '"0.02 to 0.01"' in told and "contradicts itself on weight decay" in told
+    wide = (ADEM_PRESETS / "student_adapter16.yaml").read_text().partition("corpus:")[0].replace("\n# ", " ")
+    assert "Taken here: `student`, so weight decay 0.05 and batch 2 x 16" in wide
+    paper = (ADEM_PRESETS / "paper.yaml").read_text().partition("corpus:")[0].replace("\n# ", " ")
+    assert "32.8 GB at batch 4" in paper and "24 GB" not in paper
 
 
 def test_unknown_presets_and_endless_warm_up_are_refused():

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import torch
 from helpers import install, workspace
 from helpers.config import load_profile
 from helpers.runner import drive
+from helpers.sweeps.adem_vl import grid_of
+from helpers.training.adem_vl import build_model
 from helpers.workspace import inputs, machine, place
 
 
@@ -374,6 +377,26 @@ def test_gated_model_is_one_error_with_every_way_out(monkeypatch):
     text = str(error.value)
     for part in ("gated", "at revision main", "Kaggle", "HF_TOKEN", "models/Llama-3.2-3B-Instruct", "--profile tiny"):
         assert part in text
+
+
+def test_weights_of_adem_vl_are_asked_for_by_its_own_keys(monkeypatch):
+    """Whatever the profile in use is, none is advised; what is advised instead can be built."""
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    for profile in ("tiny", "kaggle", "datacenter"):
+        for key, call in (("language_model", build_model), ("vision_model", build_model), ("vision_model", grid_of)):
+            tiny = {"adem.language_model": "tiny/science_llama", "adem.vision_model": "tiny/science_clip"}
+            config = load_profile(profile, tiny | {"adem.scales": None, f"adem.{key}": "nobody/none"}).adem
+            with pytest.raises(workspace.ModelNotFound) as error:
+                call(config)
+            text = str(error.value)
+            assert "adem.language_model FOLDER" in text and "adem.vision_model FOLDER" in text
+            assert not any(wrong in text for wrong in ("--profile", "-p language_model.model", "-p encoder.model"))
+            advised = dict(re.findall(r"-p (adem\.\w+) (tiny/\w+|null)", text))
+            assert advised == tiny | {"adem.scales": "null"}
 
 
 def test_unknown_tiny_model_is_named():

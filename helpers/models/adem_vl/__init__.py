@@ -21,7 +21,7 @@ from helpers.models.adem_vl.layers import (
     fuse_softly,
     pool_scales,
 )
-from helpers.models.adem_vl.model import FORMAT, AdemVL, parameter_comparison, released_names
+from helpers.models.adem_vl.model import FORMAT, RELEASED, AdemVL, parameter_comparison, released_names
 from helpers.models.adem_vl.sequences import (
     NORMALISATION,
     Encoded,
@@ -42,6 +42,7 @@ __all__ = [
     "NO_CLS",
     "PHI",
     "PLACEMENTS",
+    "RELEASED",
     "SILU_MINIMUM",
     "TEMPERATURE",
     "VISION_MODELS",

@@ -58,6 +58,8 @@ def parameter_comparison(model: AdemVL) -> pd.DataFrame:
     return table
 
 
+RELEASED = "checkpoint_7B_sqa.pth, of the release tagged `checkpoint` of github.com/Hao840/ADEM-VL"
+DDP_PREFIX = "module."  # of every name in a checkpoint that was saved from a DistributedDataParallel object
 FORMAT = 1  # raise when an older folder of save_pretrained can no longer be read
 
 
@@ -525,10 +527,11 @@ class AdemVL(nn.Module):
         return model.to(device).eval()
 
     def load_released_adapters(self, path: Path | str) -> None:
-        """Load the authors' checkpoint-<epoch>.pth (github.com/Hao840/ADEM-VL) into the trained parts, strictly.
+        """Load a checkpoint of the authors' code into the trained parts, strictly; they released `RELEASED`.
 
-        Only tensors and `argparse.Namespace` are unpickled. Raises AdemVLError for any other content, and for a
-        missing, extra or mismatched tensor.
+        Every tensor's name begins with "module.", as DDP saves them, or none does. Only tensors and
+        `argparse.Namespace` are unpickled. Raises AdemVLError for any other content, and for a missing, extra or
+        mismatched tensor.
         """
         path = Path(path)
         try:
@@ -539,8 +542,19 @@ class AdemVL(nn.Module):
                 f"{path} is no readable checkpoint of tensors; it was not loaded: {str(error).splitlines()[0]}"
             ) from error
         tensors = content.get("model") if isinstance(content, dict) else None
-        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise AdemVLError(f"{path} has no `model`, a dict of tensors; give a released checkpoint-<epoch>.pth")
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
+        ):
+            raise AdemVLError(f"{path} has no `model`, a dict of tensors; give the authors' {RELEASED}")
+        prefixed = [name for name in tensors if name.startswith(DDP_PREFIX)]
+        if prefixed and len(prefixed) < len(tensors):
+            other = next(name for name in tensors if name not in prefixed)
+            raise AdemVLError(
+                f"{path} mixes names with and without {DDP_PREFIX!r} ({prefixed[0]}, {other}); a checkpoint has the "
+                f"prefix on every name or on none. Fetch it again: {RELEASED}"
+            )
+        if prefixed:
+            tensors = {name.removeprefix(DDP_PREFIX): tensor for name, tensor in tensors.items()}
         self._load_strictly(tensors, path, released_names(self.adapter_tensors()))
 
 
@@ -566,11 +580,14 @@ def released_names(names: Sequence[str] | dict[str, Tensor]) -> dict[str, str]:
 def _load_llm(name: str, revision: str | None, quantisation: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
     if quantisation not in ("nf4", "none"):
         raise AdemVLError(f"quantisation is {quantisation!r}; it must be 'nf4' or 'none'")
-    return load_language_model(BaseLanguageModel(name, revision, quantisation), device)
+    return load_language_model(BaseLanguageModel(name, revision, quantisation), device, _find(name, revision))
+
+
+_find = partial(find_model, system="ADEM-VL")
 
 
 def _load_vision(name: str, revision: str | None, device: torch.device) -> PreTrainedModel:
-    folder = find_model(name, revision)
+    folder = _find(name, revision)
     config = hf_config(AutoConfig.from_pretrained(folder), "vision_config")
     if config.model_type not in VISION_MODELS:
         raise AdemVLError(f"{name} is a {config.model_type!r}; the encoder must be one of {', '.join(VISION_MODELS)}")

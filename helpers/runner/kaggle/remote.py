@@ -443,7 +443,8 @@ class Remote:
 
     def _settings(self, spec: StageSpec) -> dict[str, Any]:
         """Return what a manifest must say; parameters may name files that are only on Kaggle, and are left out."""
-        settings = stage_settings(spec, self.plan.profile, {}, self.plan.folder)
+        profile = spec.asked_profile(self.plan.profile, self.plan.parameters[spec.name])
+        settings = stage_settings(spec, profile, {}, self.plan.folder)
         inputs = {name: self.state["stages"][name]["manifest"]["digest"] for name in spec.inputs}
         return {"contract": settings["contract"], "profile": settings["profile"], "inputs": inputs}
 
