@@ -18,6 +18,7 @@ from nbformat import NotebookNode
 from helpers.config import ConfigError, Profile, load_profile, nearest, parse_override, profile_keys
 from helpers.runner.outcome import EXIT_CODES
 from helpers.stage.suite import COMMON_PARAMETERS, StageSpec, Suite, load_suite, suite_file
+from helpers.workspace.names import shown
 from helpers.workspace.place import runs_root
 
 HELP = """examples:
@@ -192,7 +193,9 @@ def _slug(text: str) -> str:
 
 def _existing(text: str, what: str) -> str:
     """Return `text` as an absolute path; raises ConfigError if there is nothing there."""
-    path = Path(text).expanduser().resolve()
+    path = Path(text).expanduser().absolute()  # as written: a link of the Hugging Face cache leads to a nameless blob
+    if shown(str(path)) != str(path):
+        raise ConfigError(f"{what} {shown(text)}: the name is not UTF-8. Rename the folder or file, or link to it")
     if not path.exists():
         raise ConfigError(f"{what} {text} does not exist")
     return str(path)
