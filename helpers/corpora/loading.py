@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from helpers.config import AdemConfig, Profile
 from helpers.corpora import diagrams, own_gifs, scienceqa, shapes, tgif_qa
-from helpers.corpora.schema import Corpus, CorpusError, reject_table
+from helpers.corpora.schema import Corpus, CorpusError, listed_rejects, reject_table
 from helpers.corpora.scienceqa import ScienceQA
 
 
@@ -64,13 +65,16 @@ def _without_leaks(corpus: Corpus, name: str) -> Corpus:
     kept = drop_leaked(corpus.questions)
     leaked = corpus.questions[~corpus.questions.question_id.isin(kept.question_id)]
     if len(leaked) and "train" not in set(kept.split):
-        raise CorpusError("Every training GIF also occurs in a test question: no GIF may be in both splits.")
+        told = list(corpus.rejects.itertuples(index=False, name=None))
+        reason = "Every training GIF also occurs in a test question: no GIF may be in both splits."
+        raise CorpusError(reason + listed_rejects(told))
     rejects = [
         (gif, "train split", f"also a test GIF: its {number} training questions are left out")
         for gif, number in leaked.gif.value_counts().sort_index().items()
     ]
     used = set(kept.gif)
-    return Corpus(
+    return replace(
+        corpus,
         name=name,
         questions=kept,
         gifs={gif: source for gif, source in corpus.gifs.items() if gif in used},

@@ -1,8 +1,8 @@
 """A person's own GIFs: a folder, and a CSV of questions about them.
 
 The CSV has the columns `gif,task,question,answer,options`, and may have `split` and `type`. Options are separated by
-a vertical bar; the answer of a multiple-choice question is an option's text or its 0-based index; a count is an
-integer from 0 to 10 (0 and 1 both mean once).
+a vertical bar, or by commas where that is unambiguous; the answer of a multiple-choice question is an option's text,
+its letter or its 0-based index; a count is a whole number from 1 to 10, as the model counts.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
-import io
+import re
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pandas as pd
 
@@ -20,16 +23,19 @@ from helpers.corpora.schema import (
     Corpus,
     CorpusError,
     RowError,
+    listed_rejects,
     question_row,
     question_table,
     reject_table,
     require_questions,
 )
-from helpers.corpora.tasks import MULTIPLE_CHOICE, TASKS, TYPES
+from helpers.corpora.sheets import read_sheet, whole_number
+from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, bare, question_key
 from helpers.workspace.disk import whole
+from helpers.workspace.names import Names, NoSuchName, folded, shown, visible
 
 COLUMNS = ["gif", "task", "question", "answer", "options"]
-"""The columns that the CSV must have, in any order."""
+"""The columns of the CSV, in any order; `options` may be missing where no task needs them."""
 
 
 def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: int = 0) -> Corpus:
@@ -38,7 +44,7 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
     Without a `split` column a share `holdout` of the GIFs is held out for test, drawn by `seed` and the GIFs' names
     alone: a GIF's questions are never split, and the order of the rows does not matter. With holdout = 1 everything
     is test, whatever the `split` column says: the CSV is only scored.
-    Rows that cannot be used are listed in the rejects, counting the header as row 1.
+    Rows that cannot be used, or that contradict each other, are listed in the rejects, counting the header as row 1.
     Raises `CorpusError` if the folder or CSV is missing, a column is missing, the CSV is empty, nothing is left, or
     there are too few GIFs to hold one out.
     """
@@ -47,111 +53,158 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
         raise CorpusError(f"GIFs: there is no folder {folder}.")
     if not 0 <= holdout <= 1:
         raise CorpusError(f"holdout is a share of the GIFs from 0 to 1; found {holdout}.")
-    header, records = _read(path)
-    rows, rejects, gifs = [], [], {}
+    header, records = read_sheet(path, COLUMNS, needed=COLUMNS[:-1])
+    names, kept, reasons, indices = Names(folder, ending=".gif"), {}, {}, {}
     for number, cells in records:
         try:
-            row = _question(cells, header, folder, f"{path.stem}-{number}", holdout)
+            row = _cells(cells, header)
+            row |= _options_and_answer(row, number, indices)
+            kept[number] = _question(row, names, f"{shown(path.stem)}-{number}", holdout)
         except RowError as error:
-            rejects.append(
-                (
-                    cells[header.index("gif")].strip() if len(cells) > header.index("gif") else "",
-                    f"{path.name} row {number}",
-                    str(error),
-                )
-            )
-            continue
-        rows.append(row)
-        gifs[row["gif"]] = str(folder / row["gif"])
+            reasons[number] = str(error)
+    for find in (_of_unknown_origin(indices), _contradictory(kept, path)):
+        reasons = {number: reason for number, reason in find.items() if number in kept} | reasons
+    rows = [row for number, row in kept.items() if number not in reasons]
+    named = {
+        number: visible(cells[header.index("gif")]) for number, cells in records if len(cells) > header.index("gif")
+    }
+    rejects = [(named.get(number, ""), f"{path.name} row {number}", reasons[number]) for number in sorted(reasons)]
     require_questions(rows, rejects, path)
     questions = question_table(rows)
     if "split" not in header and holdout < 1:
-        questions["split"] = _hold_out(questions.gif, holdout, seed)
-    return Corpus("own_gifs", questions, gifs, reject_table(rejects))
+        questions["split"] = _hold_out(questions.gif, holdout, seed, rejects)
+    gifs = {gif: str(folder / gif) for gif in questions.gif.unique()}
+    return Corpus("own_gifs", questions, gifs, reject_table(rejects), rows=len(records))
 
 
-def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    if not path.is_file():
-        raise CorpusError(f"Questions: there is no file {path}.")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 text (byte {error.start}). Save the CSV as UTF-8.") from error
-    first_line = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first_line.count)  # spreadsheets of some countries write semicolons
-    # strict: else a quote that is never closed would swallow the rows after it in silence
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        records = list(reader)
-    except csv.Error as error:
-        advice = "A quote inside a quoted cell is written twice, and every opened quote is closed."
-        raise CorpusError(f"{path}: not a readable CSV near line {reader.line_num} ({error}). {advice}") from error
-    if not records or not any(cell.strip() for cell in records[0]):
-        raise CorpusError(f"{path} is empty: expected the header {','.join(COLUMNS)} and a row for each question.")
-    header = [cell.strip().lower() for cell in records[0]]
-    missing = [column for column in COLUMNS if column not in header]
-    if missing:
-        raise CorpusError(f"{path}: no column {', '.join(missing)}; the columns found are {', '.join(header)}.")
-    if repeated := sorted({column for column in header if header.count(column) > 1 and column}):
-        raise CorpusError(f"{path}: the column {', '.join(repeated)} occurs more than once.")
-    rows = [(number, cells) for number, cells in enumerate(records[1:], start=2) if any(c.strip() for c in cells)]
-    if not rows:
-        raise CorpusError(f"{path} has a header but no questions.")
-    return header, rows
-
-
-def _question(cells: list[str], header: list[str], folder: Path, question_id: str, holdout: float) -> dict:
+def _cells(cells: list[str], header: list[str]) -> dict[str, str]:
     if len(cells) > len(header):
         raise RowError(f"{len(cells)} columns, but the header has {len(header)}: quote a text that holds the separator")
     # commas at the end of a row are easily left out by hand
     cells = cells + [""] * (len(header) - len(cells))
-    row = {column: " ".join(cell.split()) for column, cell in zip(header, cells, strict=True)}
+    # a file's name may hold any character: Names knows what to make of it
+    row = {column: cell if column == "gif" else visible(cell) for column, cell in zip(header, cells, strict=True)}
     task = row["task"].lower()
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RowError(f"unknown task {row['task']!r}; the tasks are {', '.join(TASKS)}{hint}")
-    options = [option.strip() for option in row["options"].split("|")] if row["options"] else []
-    answer = row["answer"]
-    if task in MULTIPLE_CHOICE:
-        answer = _option_index(answer, options)
+    return row | {"task": task}
+
+
+def _question(row: dict[str, Any], names: Names, question_id: str, holdout: float) -> dict[str, Any]:
+    try:
+        gif = names.find(row["gif"])
+    except NoSuchName as error:
+        raise RowError(str(error)) from error
     return question_row(
         question_id=question_id,
-        gif=_gif(cells[header.index("gif")].strip(), folder),
+        gif=gif,
         split=_split(row.get("split"), holdout),
-        task=task,
+        task=row["task"],
         question=row["question"],
-        answer=answer,
-        options=options if task in MULTIPLE_CHOICE else [],
+        answer=row["answer"],
+        options=row["options"],
         type=_type(row.get("type", "")),
     )
 
 
-def _gif(cell: str, folder: Path) -> str:
-    """The GIF's path inside the folder, in one spelling ("./cat.gif", "cat" and "cat.gif" are one GIF)."""
-    if not cell:
-        raise RowError("no GIF is named")
-    if "\0" in cell:
-        raise RowError("the GIF's name holds a NUL character")
-    root = folder.resolve()
-    for name in (cell, f"{cell}.gif"):
-        path = (root / name.replace("\\", "/")).resolve()
-        if not path.is_relative_to(root):
-            raise RowError(f"the GIF's path leads out of the folder {folder.name}")
-        if path.is_file():
-            return path.relative_to(root).as_posix()
-    raise RowError(f"there is no such GIF in the folder {folder.name}")
+def _options_and_answer(row: dict[str, str], number: int, indices: dict[int, tuple[int, int]]) -> dict[str, Any]:
+    """The row's options, and its answer as `question_row` takes it.
+
+    An answer that is an option's number is noted in `indices` by the row's number, with how many options there are.
+    """
+    answer = row["answer"]
+    if row["task"] == "count":
+        answer = whole_number(answer, "a count is an integer")
+        if not 1 <= int(answer) <= MAX_COUNT:
+            raise RowError(
+                f"the count {int(answer)} is outside 1 to {MAX_COUNT}: the model counts from 1 to {MAX_COUNT}"
+            )
+    if row["task"] not in MULTIPLE_CHOICE:
+        return {"options": [], "answer": answer}
+    if "options" not in row:
+        raise RowError(f"{row['task']} needs options, and the CSV has no column options")
+    options = _split_options(row["options"], answer)
+    index, is_number = _option_index(answer, options)
+    if is_number:
+        indices[number] = (index, len(options))
+    return {"options": options, "answer": str(index)}
 
 
-def _option_index(answer: str, options: list[str]) -> str:
+def _split_options(cell: str, answer: str) -> list[str]:
+    if "|" in cell or not re.search("[,;]", cell):
+        return [visible(option) for option in cell.split("|")] if cell else []
+    separator = ";" if ";" in cell else ","
+    options = [visible(option) for option in cell.split(separator)]
+    forms = [folded(option) for option in options]
+    unlike = (
+        {",", ";"} <= set(cell)
+        or "" in options
+        or len(set(forms)) < len(forms)
+        or len({bool(option[:1].isspace()) for option in cell.split(separator)[1:]}) > 1  # "1,5 m, 2,5 m"
+        or any(re.search(r"\b(and|or)\b", form) for form in forms)  # "red, white and blue"
+        or re.search("[,;]", answer)
+    )
+    if unlike:
+        raise RowError(f"it cannot be told where an option ends in {cell!r}: separate the options by vertical bars")
+    return options
+
+
+def _option_index(answer: str, options: list[str]) -> tuple[int, bool]:
+    """The 0-based index of the option that is meant, and whether it was given as a number."""
     # the text comes first: among options that are numbers "2" means the option 2
-    if options.count(answer) > 1:
-        raise RowError(f"the answer {answer!r} is more than one of the options {options}")
-    if answer in options:
-        return str(options.index(answer))
-    if not answer.lstrip("+-").isdecimal():
-        raise RowError(f"the answer {answer!r} is not one of the options {options}")
-    return answer
+    for texts, text in ((options, answer), ([*map(folded, options)], folded(answer))):
+        if texts.count(text) > 1:
+            raise RowError(f"the answer {answer!r} is more than one of the options {options}")
+        if text in texts:
+            return texts.index(text), False
+    letter = re.fullmatch(r"\(?([a-z])[).:]?", answer.lower())
+    if letter and not any(len(option) == 1 and option.isalpha() for option in options):
+        index = ord(letter[1]) - ord("a")
+        if index < len(options):
+            return index, False
+    try:
+        return int(whole_number(answer, "")), True
+    except RowError:
+        raise RowError(f"the answer {answer!r} is not one of the options {options}") from None
+
+
+def _of_unknown_origin(indices: dict[int, tuple[int, int]]) -> dict[int, str]:
+    """Reasons to leave out answers that are numbers: several of them and no 0, as where somebody counts from 1."""
+    if len(indices) < 2 or any(index == 0 for index, _ in indices.values()):
+        return {}
+    from_one = any(index == number for index, number in indices.values())
+    seen = "one is the number of options" if from_one else "nothing tells it from a count that begins with 1"
+    reason = (
+        f"the answers that are option numbers count from 0, but none of these is 0 and {seen}: write the option's text"
+    )
+    return dict.fromkeys(indices, reason)
+
+
+def _contradictory(kept: dict[int, dict[str, Any]], path: Path) -> dict[int, str]:
+    """Reasons to leave out rows that answer one question about one GIF in different ways.
+
+    Where the options differ too, only an answer that the other row offers and does not choose contradicts it.
+    """
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for number, row in kept.items():
+        groups.setdefault((row["gif"], row["task"], question_key(row["question"])), []).append(number)
+    reasons = {}
+    for numbers in groups.values():
+        answers = {number: bare(kept[number]["answer"]) for number in numbers}
+        offered = {number: {bare(option) for option in kept[number]["options"]} for number in numbers}
+        for number in numbers:
+            others = [
+                other
+                for other in numbers
+                if answers[other] != answers[number]
+                and (not offered[number] or answers[other] in offered[number] or answers[number] in offered[other])
+            ]
+            if others:
+                told = ", ".join(map(str, others[:5])) + (" and others" if others[5:] else "")
+                reasons[number] = f"contradicts row {told} of {path.name}: the same question with another answer"
+    return reasons
 
 
 def _split(cell: str | None, holdout: float) -> str:
@@ -166,15 +219,20 @@ def _type(cell: str) -> str:
     return TYPES[int(cell)] if cell in ("0", "1", "2", "3") else cell.lower()
 
 
-def _hold_out(gifs: pd.Series, holdout: float, seed: int) -> pd.Series:
+def _hold_out(gifs: pd.Series, holdout: float, seed: int, rejects: Sequence[tuple[str, str, str]]) -> pd.Series:
     """The split of each row: "test" for `holdout` of the distinct GIFs, at least one and not all if 0 < holdout < 1."""
-    distinct = sorted(set(gifs), key=lambda gif: hashlib.sha256(f"{seed}:{gif}".encode()).hexdigest())
+
+    def draw(gif: str) -> str:  # the same on a Mac, which decomposes accents
+        return hashlib.sha256(f"{seed}:{unicodedata.normalize('NFC', gif)}".encode()).hexdigest()
+
+    distinct = sorted(set(gifs), key=draw)
     number = 0
     if holdout > 0:
         if len(distinct) < 2:
             raise CorpusError(
                 f"Holding out a share of the GIFs needs at least 2, but the questions are about {len(distinct)}. "
                 "Add GIFs, or give a split column, or hold out 1 (everything is scored) or 0 (nothing is)."
+                + listed_rejects(rejects)
             )
         number = min(max(round(holdout * len(distinct)), 1), len(distinct) - 1)
     held_out = set(distinct[:number])
@@ -184,8 +242,9 @@ def _hold_out(gifs: pd.Series, holdout: float, seed: int) -> pd.Series:
 def write_own_gifs_csv(questions: pd.DataFrame, path: str | Path) -> None:
     """Write a question table as the CSV that `load` reads; replaces `path` in one step.
 
-    `split` and `type` are written where the table has them. A GIF's name gets the ending .gif if it has none. Raises
-    `CorpusError` if an option holds a vertical bar or a column is missing.
+    `split` and `type` are written where the table has them. TGIF-QA's count 0, its code for once, is written as 1. A
+    GIF's name gets the ending .gif if it has none. Raises `CorpusError` if an option holds a vertical bar or a column
+    is missing.
     """
     missing = [column for column in COLUMNS if column not in questions.columns]
     further = [column for column in ("split", "type") if column in questions.columns]
@@ -200,4 +259,5 @@ def write_own_gifs_csv(questions: pd.DataFrame, path: str | Path) -> None:
         for row in questions.itertuples():
             gif = row.gif if PurePosixPath(row.gif).suffix.lower() == ".gif" else f"{row.gif}.gif"
             options, more = "|".join(row.options), (getattr(row, column) for column in further)
-            writer.writerow([gif, row.task, row.question, row.answer, options, *more])
+            answer = "1" if row.task == "count" and row.answer == "0" else row.answer
+            writer.writerow([gif, row.task, row.question, answer, options, *more])

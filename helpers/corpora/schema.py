@@ -24,6 +24,7 @@ from typing import Any
 import pandas as pd
 
 from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, question_form
+from helpers.workspace.names import shown
 
 SPLITS = ("train", "test")
 QUESTION_COLUMNS = ["question_id", "gif", "split", "task", "question", "options", "answer", "label", "type"]
@@ -32,6 +33,9 @@ REJECT_COLUMNS = ["item", "where", "reason"]
 
 class CorpusError(ValueError):
     """A corpus that cannot be loaded at all: what is wrong, in which file, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class RowError(ValueError):
@@ -49,6 +53,8 @@ class Corpus:
     """GIF name -> local path, "archive.zip::member", or http(s) URL. Empty if only the text was asked for."""
     rejects: pd.DataFrame
     """What was left out: `item` (a GIF, a file or a question), `where` (file and row), `reason`."""
+    rows: int = 0
+    """Rows that the files of questions hold, those left out too."""
 
 
 def question_row(
@@ -108,8 +114,27 @@ def question_table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def reject_table(rows: Iterable[tuple[str, str, str]]) -> pd.DataFrame:
-    """The table of rejects of (item, where, reason) tuples."""
-    return pd.DataFrame(list(rows), columns=REJECT_COLUMNS)
+    """The table of rejects of (item, where, reason) tuples; bytes of a name that are not UTF-8 are spelt out."""
+    return pd.DataFrame([[shown(text) for text in row] for row in rows], columns=REJECT_COLUMNS)
+
+
+def listed_rejects(rejects: Sequence[tuple[str, str, str]], most: int = 20) -> str:
+    """The rejects that lie behind an error, a line each, to stand at the end of its message; "" without any."""
+    lines = [f"\n  {where}, {item}: {reason}" for item, where, reason in rejects[:most]]
+    more = f"\n  and {len(rejects) - most:,} more" if len(rejects) > most else ""
+    return shown(f"\nLeft out: {len(rejects):,}{''.join(lines)}{more}") if rejects else ""
+
+
+def left_out(corpus: Corpus, kept: pd.DataFrame, gifs: Iterable[str]) -> str:
+    """One line for the terminal: how many rows and GIFs were left out of what there was, and where they are listed.
+
+    kept: the questions that are left in the end. gifs: the names of all GIFs that were looked at.
+    """
+    rows, lost = max(corpus.rows, len(corpus.questions)), len(set(gifs) - set(kept.gif))
+    if rows == len(kept) and not lost:
+        return f"Nothing was left out of {rows:,} rows."
+    listed = f"{lost:,} GIF" + ("" if lost == 1 else "s")
+    return f"{rows - len(kept):,} of {rows:,} rows and {listed} left out: rejects.parquet"
 
 
 def require_questions(questions: Sequence[Any], rejects: Sequence[tuple[str, str, str]], source: str | Path) -> None:

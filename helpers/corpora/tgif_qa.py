@@ -30,6 +30,7 @@ from helpers.corpora.schema import (
     require_questions,
 )
 from helpers.corpora.tasks import MULTIPLE_CHOICE, TASKS, TYPES
+from helpers.workspace.names import files_below, is_leftover
 
 OPTIONS = ["a1", "a2", "a3", "a4", "a5"]
 COLUMNS = {
@@ -87,9 +88,9 @@ def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
             rows[row["question_id"]] = row
             first_seen[row["question_id"]] = where
     require_questions(list(rows.values()), rejects, folder)
-    questions = question_table(rows.values())
+    questions, number_of_rows = question_table(rows.values()), sum(len(file.rows) for file in files)
     if gifs is None:
-        return Corpus("tgif_qa", questions, {}, reject_table(rejects))
+        return Corpus("tgif_qa", questions, {}, reject_table(rejects), number_of_rows)
     sources = gif_sources(gifs, rejects)
     absent = questions[~questions.gif.isin(sources)]
     rejects += [
@@ -98,14 +99,15 @@ def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
     ]
     kept = questions[questions.gif.isin(sources)].reset_index(drop=True)
     require_questions(kept.index.tolist(), rejects, f"{folder} with the GIFs of {gifs}")
-    return Corpus("tgif_qa", kept, {gif: sources[gif] for gif in kept.gif.unique()}, reject_table(rejects))
+    used = {gif: sources[gif] for gif in kept.gif.unique()}
+    return Corpus("tgif_qa", kept, used, reject_table(rejects), number_of_rows)
 
 
 def _question_files(folder: Path, rejects: list[tuple[str, str, str]]) -> list[_File]:
     if not folder.is_dir():
         raise CorpusError(f"TGIF-QA's question files: there is no folder {folder}.")
     files = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".csv", ".tsv") and p.is_file()):
+    for path in [path for path in files_below(folder) if path.suffix.lower() in (".csv", ".tsv")]:
         name = path.relative_to(folder).as_posix()
         words = set(re.split(r"[^a-z]+", name.lower()))
         splits, tasks = words.intersection(SPLITS), words.intersection(TASKS)
@@ -229,13 +231,13 @@ def gif_sources(source: str | Path, rejects: list[tuple[str, str, str]]) -> dict
 def gif_name(path: str) -> str | None:
     """The GIF name of a path, archive member or URL (its last part without .gif), or None if it is no .gif file."""
     base = PurePosixPath(unquote(urlsplit(path).path) if "://" in path else path).name
-    is_gif = base.lower().endswith(".gif") and not base.startswith("._")  # "._x.gif" is macOS metadata
+    is_gif = base.lower().endswith(".gif") and not is_leftover(path)  # "._x.gif" is macOS metadata
     return base[:-4] or None if is_gif else None
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, str]]:
     for parent, folders, files in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_leftover(name))
         for file in sorted(files):
             if name := gif_name(file):
                 yield name, str(Path(parent) / file)

@@ -25,6 +25,7 @@ from helpers.demo.found import find_bundle, given_folder, load_qa
 from helpers.gifs.decode import GifRejected
 from helpers.models.gif_qa.ask import Answer, GifQA, check_question
 from helpers.workspace.disk import whole
+from helpers.workspace.names import files_below, shown
 
 BUILT_IN_SEED, BUILT_IN_GIFS = 2026, 6
 MAX_GALLERY = 12  # GIFs taken from a folder: each is sent to the page
@@ -139,8 +140,8 @@ class Asked:
         text = " ".join(text.split())
         if text and self.options and text not in self.options:
             raise ValueError(f"{text!r} is none of the options: {', '.join(self.options)}")
-        if text and self.task == "count" and not (re.fullmatch("[0-9]{1,2}", text) and int(text) <= MAX_COUNT):
-            raise ValueError(f"{text!r} is no count: give a whole number from 0 to {MAX_COUNT}")
+        if text and self.task == "count" and not (re.fullmatch("[0-9]{1,2}", text) and 1 <= int(text) <= MAX_COUNT):
+            raise ValueError(f"{text!r} is no count: give a whole number from 1 to {MAX_COUNT}, as the model counts")
         self.right = text
 
 
@@ -196,7 +197,7 @@ class Session:
         folder = given_folder(folder)
         if not folder.is_dir():
             raise CorpusError(f"gallery: there is no folder {folder}")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".gif" and path.is_file())
+        paths = [path for path in files_below(folder) if path.suffix.lower() == ".gif"]
         suggested: dict[str, list[Suggestion]] = {}
         notes, before = [], len(self.gifs)
         if (folder / "qa.csv").is_file():
@@ -214,7 +215,7 @@ class Session:
         names = sorted((path.relative_to(folder).as_posix() for path in paths), key=lambda name: name not in suggested)
         for name in names[:MAX_GALLERY]:
             try:
-                self.add(name, (folder / name).read_bytes(), suggested.get(name, ()))
+                self.add(shown(name), (folder / name).read_bytes(), suggested.get(name, ()))
             except GifRejected as error:
                 notes.append(error.reason)
         if len(paths) > MAX_GALLERY:

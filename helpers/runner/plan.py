@@ -18,6 +18,7 @@ from nbformat import NotebookNode
 from helpers.config import ConfigError, Profile, load_profile, nearest, parse_override, profile_keys, read_typed
 from helpers.runner.outcome import EXIT_CODES
 from helpers.stage.suite import COMMON_PARAMETERS, StageSpec, Suite, load_suite, model_of, suite_file
+from helpers.workspace.names import shown
 from helpers.workspace.place import runs_root
 
 HELP = """examples:
@@ -192,9 +193,12 @@ def _absolute(text: str) -> str:
 
 def _existing(text: str, what: str) -> str:
     """Return `text` as an absolute path; raises ConfigError if there is nothing there."""
-    if not Path(_absolute(text)).exists():
+    path = _absolute(text)  # as written: a link of the Hugging Face cache leads to a nameless blob
+    if shown(path) != path:
+        raise ConfigError(f"{what} {shown(text)}: the name is not UTF-8. Rename the folder or file, or link to it")
+    if not Path(path).exists():
         raise ConfigError(f"{what} {text} does not exist")
-    return _absolute(text)
+    return path
 
 
 def _from_here(spec: StageSpec, parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from helpers.config import PACING, Profile, before_of, deciding
 from helpers.stage.attached import attached_stage
 from helpers.stage.suite import StageError, StageSpec
 from helpers.workspace.inputs import attached_paths
+from helpers.workspace.names import files_below
 from helpers.workspace.place import repo_root
 
 HASHED_BYTES = 256_000_000  # a path parameter larger than this is not read whole
@@ -94,13 +95,13 @@ def find_stage(run_folder: Path, name: str) -> Path:
 
 def fingerprint(path: Path) -> str:
     """Hash a file's or a folder's content; above 256 MB names, sizes and each file's ends stand for the content."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = files_below(path) if path.is_dir() else [path]
     small = sum(file.stat().st_size for file in files) <= HASHED_BYTES
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
-        digest.update(f"{name}\0{stat.st_size}\0".encode())
+        digest.update(f"{name}\0{stat.st_size}\0".encode("utf-8", "surrogateescape"))  # names of any bytes
         digest.update(file.read_bytes() if small else _ends(file))
     return digest.hexdigest()[:16]
 

@@ -1,6 +1,7 @@
 """Own GIFs: the CSV format, its rejects, the hold-out, and writing it."""
 
 import types
+import unicodedata
 
 import pandas as pd
 import pytest
@@ -33,7 +34,7 @@ def test_rows_of_every_task(gifs):
         gifs,
         HEADER,
         "cat.gif,frameqa,what color is the cat ?,black,",
-        "cat.gif,count,How many times does the cat jump ?,0,",
+        "cat.gif,count,How many times does the cat jump ?,1,",
         "dog.gif,action,What does the dog do 3 times ?,nod,sit|nod|run",
         "sub/fox.gif,Transition,What does the fox do after nod ?,2,sit|nod|run",
         '"cat.gif",frameqa,"where, then, is the cat ?",under the mat',
@@ -53,15 +54,15 @@ def test_rows_of_every_task(gifs):
             "where, then, is the cat ?",
         ],
         "options": [[], [], ["sit", "nod", "run"], ["sit", "nod", "run"], []],
-        "answer": ["black", "0", "nod", "run", "under the mat"],
-        "label": [-1, 0, 1, 2, -1],
+        "answer": ["black", "1", "nod", "run", "under the mat"],
+        "label": [-1, 1, 1, 2, -1],
         "type": ["color", "", "", "", "location"],
     }
     assert corpus.gifs == {name: str(gifs / name) for name in ("cat.gif", "dog.gif", "sub/fox.gif")}
 
 
 def test_a_number_among_numeric_options_is_their_text(gifs):
-    path = write(gifs, HEADER, "cat.gif,action,How ?,2,3|2|1", "cat.gif,action,How ?,0,3|2|1")
+    path = write(gifs, HEADER, "cat.gif,action,How ?,2,3|2|1", "dog.gif,action,How ?,0,3|2|1")
     assert own_gifs.load(gifs, path, holdout=0).questions.label.tolist() == [1, 0]
 
 
@@ -73,7 +74,6 @@ def test_a_number_among_numeric_options_is_their_text(gifs):
         ("../outside.gif,frameqa,what ?,cat,", "leads out of the folder"),
         ("sub/../../outside.gif,frameqa,what ?,cat,", "leads out of the folder"),
         ("/etc/passwd,frameqa,what ?,cat,", "leads out of the folder"),
-        ("link.gif,frameqa,what ?,cat,", "leads out of the folder"),
         ("sub,frameqa,what ?,cat,", "no such GIF"),
         ("cat.gif,frameQ,what ?,cat,", "unknown task 'frameQ'.*did you mean frameqa"),
         ("cat.gif,action,what ?,3,a|b|c", "option index 3 is out of range: the 3 options are 0 to 2"),
@@ -83,16 +83,29 @@ def test_a_number_among_numeric_options_is_their_text(gifs):
         ("cat.gif,action,what ?,a,a||b", "none of them empty"),
         ("cat.gif,transition,what ?,0,", "needs two or more options"),
         ("cat.gif,count,how many ?,two,", "a count is an integer; found 'two'"),
-        ("cat.gif,count,how many ?,2.0,", "a count is an integer"),
-        ("cat.gif,count,how many ?,11,", "outside 0 to 10"),
-        ("cat.gif,count,how many ?,-2,", "outside 0 to 10"),
+        ("cat.gif,count,how many ?,2.5,", "a count is an integer; found '2.5'"),
+        ("cat.gif,count,how many ?,1.000,", "a count is an integer"),
+        ("cat.gif,count,how many ?,0,", "the count 0 is outside 1 to 10: the model counts from 1"),
+        ("cat.gif,count,how many ?,0.0,", "the count 0 is outside 1 to 10"),
+        ("cat.gif,count,how many ?,11,", "outside 1 to 10"),
+        ("cat.gif,count,how many ?,-2,", "outside 1 to 10"),
+        ("._cat.gif,frameqa,what ?,cat,", "an operating system left behind"),
+        ("__MACOSX/cat.gif,frameqa,what ?,cat,", "an operating system left behind"),
+        ("C:\\gifs\\cat.gif,frameqa,what ?,cat,", "leads out of the folder"),
+        ("fox.gif,frameqa,what ?,cat,", "no such GIF in the folder gifs; did you mean sub/fox.gif?"),
+        ("catt.gif,frameqa,what ?,cat,", r"no such GIF in the folder gifs; did you mean cat.gif?"),
+        ('cat.gif,action,what ?,green,"red, white and blue, green"', "cannot be told where an option ends"),
+        ('cat.gif,action,what ?,0,"1,5 m, 2,7 m"', "cannot be told where an option ends"),
+        ('cat.gif,action,what ?,a,"a, b; c"', "cannot be told where an option ends"),
+        ('cat.gif,action,what ?,a,"a, b, a"', "cannot be told where an option ends"),
+        ('cat.gif,action,what ?,"1,5","1,5,2,7"', "cannot be told where an option ends"),
         ("cat.gif,frameqa,  ,cat,", "question is empty"),
         ("cat.gif,frameqa,what ?,,", "answer is empty"),
         ("cat.gif,frameqa,what, then ?,cat,", "6 columns, but the header has 5"),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_reason_and_the_rest_goes_on(gifs, row, reason):
-    (gifs / "link.gif").symlink_to(gifs.parent / "outside.gif")
+    (gifs / "._cat.gif").touch()
     path = write(gifs, HEADER, "cat.gif,frameqa,what ?,cat,", row, "dog.gif,frameqa,what ?,dog,")
     corpus = own_gifs.load(gifs, path, holdout=0.5)
     assert corpus.questions.answer.tolist() == ["cat", "dog"]
@@ -195,10 +208,13 @@ def test_what_is_written_is_read_again(gifs, tmp_path):
         gifs,
         HEADER + ",split,type",
         'cat.gif,frameqa,"what, ""then"" ?",cat,,train,object',
-        "cat.gif,count,How many times ?,0,,train,",
+        "cat.gif,count,How many times ?,1,,train,",
         "dog.gif,action,What ?,1,3|2|1,test,",
     )
     questions = own_gifs.load(gifs, path).questions
+    coded = questions.assign(answer=questions.answer.replace("1", "0"), label=questions.label.replace(1, 0))
+    own_gifs.write_own_gifs_csv(coded[coded.task == "count"], tmp_path / "qa.csv")  # TGIF-QA's code for once
+    assert own_gifs.load(gifs, tmp_path / "qa.csv").questions.answer.tolist() == ["1"]
     own_gifs.write_own_gifs_csv(questions, tmp_path / "qa.csv")
     pd.testing.assert_frame_equal(own_gifs.load(gifs, tmp_path / "qa.csv").questions, questions)
     bare = questions.assign(gif=questions.gif.str.removesuffix(".gif"))
@@ -213,6 +229,192 @@ def test_an_option_with_a_bar_is_not_written(gifs, tmp_path):
     with pytest.raises(CorpusError, match=r"cat, 'What \?': an option holds '\|'"):
         own_gifs.write_own_gifs_csv(corpora.question_table([row]), tmp_path / "out.csv")
     assert not list(tmp_path.glob("out.csv*"))
+
+
+CHOICE = "cat.gif,action,what {n} ?,{answer},{options}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "meant"),
+    [
+        ("nod", "sit|nod|run", "nod"),
+        ("Nod\u200b", " sit |\u00a0nod | run", "nod"),
+        ("B", "sit|nod|run", "nod"),
+        ("b", "sit|nod|run", "nod"),
+        ("(c)", "sit|nod|run", "run"),
+        ("a)", "sit|nod|run", "sit"),
+        ("C.", "sit|nod|run", "run"),
+        ("0", "sit|nod|run", "sit"),
+        ("2.0", "sit|nod|run", "run"),
+        ('"1,0"', "sit|nod|run", "nod"),
+        ("b", "c|b|a", "b"),  # the text comes before the letter
+        ("B", "c|b|a", "b"),
+        ("jump", '"jump, spin, blink"', "jump"),
+        ("spin", '"jump,spin,blink"', "spin"),
+        ("c", '"jump, spin, blink"', "blink"),
+        ("1", "jump;spin;blink", "spin"),
+        ("2", '"1,2,3"', "2"),
+        ('"a, b"', '"a, b|c, d"', "a, b"),  # bars come before commas
+    ],
+)
+def test_an_option_is_found_as_people_write_it(gifs, answer, options, meant):
+    path = write(gifs, HEADER, CHOICE.format(n=1, answer=answer, options=options))
+    assert own_gifs.load(gifs, path, holdout=0).questions.answer.tolist() == [meant]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kept", "reason"),
+    [
+        ("0 1 2", ["sit", "nod", "run"], None),  # a 0 is among them: counted from 0
+        ("2", ["run"], None),  # one number alone is read as the documentation says
+        ("nod 1 0", ["nod", "nod", "sit"], None),
+        ("1 2", [], "none of these is 0 and nothing tells it from a count that begins with 1"),
+        ("1 2 sit", ["sit"], "none of these is 0 and nothing tells"),
+        ("1 2 3", [], "none of these is 0 and one is the number of options: write the option's text|option index 3"),
+        ("3 1 run b", ["run", "nod"], "one is the number of options|option index 3 is out of range"),
+        ("0 3", ["sit"], "option index 3 is out of range: the 3 options are 0 to 2"),
+    ],
+)
+def test_numbers_that_may_count_options_from_one_are_refused(gifs, answers, kept, reason):
+    lines = [CHOICE.format(n=n, answer=answer, options="sit|nod|run") for n, answer in enumerate(answers.split())]
+    corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines, "dog.gif,frameqa,who ?,dog,"), holdout=0)
+    assert corpus.questions.answer.tolist() == [*kept, "dog"]
+    assert len(corpus.rejects) == len(lines) - len(kept)
+    assert reason is None or corpus.rejects.reason.str.contains(reason).all(), corpus.rejects.reason.tolist()
+
+
+def test_letters_are_no_letters_among_options_of_one_letter(gifs):
+    path = write(gifs, HEADER, "cat.gif,action,what ?,a,b|c|d", "cat.gif,frameqa,what ?,cat,")
+    corpus = own_gifs.load(gifs, path, holdout=0)
+    assert corpus.rejects.reason.tolist() == ["the answer 'a' is not one of the options ['b', 'c', 'd']"]
+
+
+def test_counts_as_a_spreadsheet_writes_them(gifs):
+    lines = [
+        "cat.gif;count;how many a ?;3,0;",
+        "cat.gif;count;how many b ?;4.0;",
+        "cat.gif;count;how many c ?;\u200b5 ;",
+    ]
+    corpus = own_gifs.load(gifs, write(gifs, HEADER.replace(",", ";"), *lines), holdout=0)
+    assert corpus.questions.label.tolist() == [3, 4, 5] and corpus.questions.answer.tolist() == ["3", "4", "5"]
+
+
+def test_options_are_needed_where_a_task_needs_them(gifs):
+    path = write(gifs, "gif,task,question,answer", "cat.gif,count,how many ?,3", "dog.gif,action,what ?,nod")
+    corpus = own_gifs.load(gifs, path, holdout=0)
+    assert corpus.questions.answer.tolist() == ["3"]
+    assert corpus.rejects.values.tolist() == [
+        ["dog.gif", "qa.csv row 3", "action needs options, and the CSV has no column options"]
+    ]
+
+
+def test_rows_that_contradict_each_other_are_left_out(gifs):
+    path = write(
+        gifs,
+        HEADER,
+        "cat.gif,frameqa,what color is it ?,red,",
+        "CAT,frameqa,What color is it?,blue,",  # the same GIF and question, written otherwise
+        "cat.gif,count,how many ?,3,",
+        "cat.gif,count,how many ?,3.0,",  # the same answer
+        "dog.gif,frameqa,what color is it ?,Red,",
+        "dog.gif,frameqa,what color is it ?,red,",
+        "dog.gif,action,what ?,sit,sit|nod|run",
+        "dog.gif,action,what ?,nod,run|nod|sit",
+        "dog.gif,transition,what ?,sit,sit|nod",
+        "dog.gif,transition,what ?,jump,jump|run",  # other options: both may be right
+    )
+    corpus = own_gifs.load(gifs, path, holdout=0)
+    assert corpus.questions.question_id.tolist() == ["qa-4", "qa-5", "qa-6", "qa-7", "qa-10", "qa-11"]
+    assert corpus.rejects["where"].tolist() == [f"qa.csv row {number}" for number in (2, 3, 8, 9)]
+    assert corpus.rejects.reason.tolist() == [
+        f"contradicts row {number} of qa.csv: the same question with another answer" for number in (3, 2, 9, 8)
+    ]
+
+
+def test_an_error_carries_what_lies_behind_it(gifs):
+    lines = [f"bird{n}.gif,frameqa,what ?,bird," for n in range(8)]
+    path = write(gifs, HEADER, "cat.gif,frameqa,what ?,cat,", *lines)
+    with pytest.raises(CorpusError, match="at least 2, but the questions are about 1") as error:
+        own_gifs.load(gifs, path)
+    told = str(error.value).split("Left out: ")[1].splitlines()
+    assert told[0] == "8" and len(told) == 9
+    assert told[1] == "  qa.csv row 3, bird0.gif: there is no such GIF in the folder gifs"
+    with pytest.raises(CorpusError, match=r"row 22, bird19.*\n  and 5 more$"):
+        own_gifs.load(
+            gifs, write(gifs, HEADER, "cat,frameqa,what ?,cat,", *(f"bird{n},frameqa,a ?,b," for n in range(25)))
+        )
+    path = write(
+        gifs, HEADER + ",split", *(f"cat,frameqa,a ?,b,,{s}" for s in ("train", "test")), "dog,count,a ?,0,,train"
+    )
+    with pytest.raises(CorpusError, match=r"also occurs in a test(.|\n)*row 4, dog: the count 0 is outside"):
+        corpora.load(profile("own_gifs"), folder=gifs, gifs=gifs, qa=path)
+
+
+def test_names_of_any_bytes_and_leftovers_beside_the_data_change_nothing(gifs, tmp_path):
+    strange = tmp_path / "caf\udce9"
+    strange.mkdir()
+    for name in ("caf\udce9.gif", "._cat.gif", ".DS_Store", "Thumbs.db"):
+        (gifs / name).touch()
+        (strange / name).touch()
+    (strange / "cat.gif").touch()
+    path = write(gifs, HEADER, "cat,frameqa,what ?,cat,", "caf\u00e9.gif,frameqa,what ?,cat,")
+    for folder in (gifs, strange):
+        corpus = own_gifs.load(folder, path, holdout=0)
+        assert corpus.questions.gif.tolist() == ["cat.gif"] and corpus.gifs == {"cat.gif": str(folder / "cat.gif")}
+        assert corpus.rejects.reason[0].endswith("did you mean cat.gif, caf\\xe9.gif?")
+        assert "caf\\xe9" in corpus.rejects.reason[0]
+        corpus.rejects.to_parquet(tmp_path / "rejects.parquet")
+        "".join(corpus.rejects.to_numpy().ravel()).encode()
+    with pytest.raises(CorpusError) as error:
+        own_gifs.load(strange / "no", path)
+    assert str(error.value).endswith("caf\\xe9/no.")
+
+
+def test_the_layout_of_a_hub_cache_is_read(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    rows = [f"g{n}.gif,frameqa,what {m} ?,a{m}," for n in range(3) for m in range(4)]
+    (blobs / "bq").write_text("\n".join([HEADER, *rows]))
+    for n in range(3):
+        (blobs / f"b{n}").touch()
+        (snapshot / f"g{n}.gif").symlink_to(f"../../blobs/b{n}")
+    (snapshot / "qa.csv").symlink_to("../../blobs/bq")
+    corpus = own_gifs.load(snapshot, snapshot / "qa.csv")
+    assert corpus.rejects.empty and len(corpus.questions) == 12
+    assert corpus.gifs["g1.gif"] == str(snapshot / "g1.gif")
+
+
+def test_a_mac_and_another_system_hold_out_the_same(tmp_path):
+    held_out = []
+    for form in ("NFC", "NFD"):
+        folder = tmp_path / form
+        folder.mkdir()
+        names = [unicodedata.normalize(form, f"\u00e9{n}.gif") for n in range(20)]
+        for name in names:
+            (folder / name).touch()
+        questions = own_gifs.load(
+            folder, write(folder, HEADER, *(f"{name},frameqa,a ?,b," for name in names))
+        ).questions
+        held_out.append({unicodedata.normalize("NFC", gif) for gif in questions.gif[questions.split == "test"]})
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 4
+
+
+def test_what_is_left_out_is_one_line(gifs):
+    lines = [
+        "cat,frameqa,what ?,cat,",
+        "dog,frameqa,what ?,dog,",
+        "dog,frameqa,who ?,dog,",
+        "bird,frameqa,a ?,b,",
+        ",,,,",
+    ]
+    corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines), holdout=0)
+    questions = corpus.questions
+    assert corpora.left_out(corpus, questions, corpus.gifs) == "1 of 4 rows and 0 GIFs left out: rejects.parquet"
+    without_dog = questions[questions.gif != "dog.gif"]
+    assert corpora.left_out(corpus, without_dog, corpus.gifs) == "3 of 4 rows and 1 GIF left out: rejects.parquet"
+    corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines[:3]), holdout=0)
+    assert corpora.left_out(corpus, corpus.questions, corpus.gifs) == "Nothing was left out of 3 rows."
 
 
 def profile(corpus):

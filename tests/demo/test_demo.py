@@ -622,6 +622,8 @@ def test_history_is_corrected_and_exported_from_the_page(page, tmp_path):
     right, fault = page.rows.children[0].children[1].children
     right.value = "often"
     assert "is no count" in fault.value
+    right.value = "0"  # never, and not TGIF-QA's code for once
+    assert "from 1 to 10, as the model counts" in fault.value
     right.value = "7"
     assert fault.value == ""
     page.export()

@@ -364,6 +364,19 @@ def test_own_gifs_reach_notebook_01_under_a_run_of_their_own(world):
     assert plan.parameters["01_data_sharding"] == {"gifs": data, "qa": f"{data}/qa.csv", "holdout": 0.5}
 
 
+def test_links_are_passed_on_as_they_are_written(world, capsys):
+    _, data, _, table = own_gifs(world.folder, "blob")
+    (world.folder / "mine").symlink_to(data)
+    (world.folder / "mine.csv").symlink_to(table)
+    plan = plan_of("--gifs", str(world.folder / "mine"), "--qa", str(world.folder / "mine.csv"))
+    assert plan.run == "tiny-mine"
+    given = plan.parameters["01_data_sharding"]
+    assert given["gifs"] == str(world.folder / "mine") and given["qa"] == str(world.folder / "mine.csv")
+    strange = own_gifs(world.folder, "caf\udce9")
+    assert world.run(*strange) == REFUSED and world.ran == []
+    assert "caf\\xe9: the name is not UTF-8" in capsys.readouterr().err
+
+
 def test_folder_of_question_files_keeps_the_profiles_corpus(world):
     (world.folder / "tgif").mkdir()
     folder = str(world.folder / "tgif")

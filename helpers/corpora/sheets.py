@@ -1,0 +1,105 @@
+"""A person's table of questions as text editors and spreadsheets save it: from bytes to a header and rows of cells."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import io
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from helpers.corpora.schema import CorpusError, RowError
+from helpers.workspace.names import visible
+
+SEPARATOR_LINE = re.compile(r'"?sep=(?P<named>\\t|[^"\n]?)"?[,;\t ]*(?:\n|$)', re.IGNORECASE)
+"""The first line by which Excel is told what separates the cells."""
+
+Row = tuple[int, list[str]]
+"""The row's number, the header being row 1, and its cells as they are written."""
+
+
+def read_sheet(path: Path, columns: Sequence[str], needed: Sequence[str]) -> tuple[list[str], list[Row]]:
+    """Return the header, in lower case, and the rows that are not blank.
+
+    Read are UTF-8 (and UTF-16 that says so), any kind of line end, commas, semicolons or tabs, and whatever character
+    a first line `sep=` names. columns: those of the format, by which a header is known. needed: those that must be
+    there. Raises CorpusError for a file that is no such table, or holds no header or no rows.
+    """
+    if not path.is_file():
+        raise CorpusError(f"Questions: there is no file {path}.")
+    text = re.sub(r"\r*\n|\r", "\n", _text(path.read_bytes(), path)).lstrip("\ufeff\n")
+    told = SEPARATOR_LINE.match(text)
+    text = text[told.end() :].lstrip("\n") if told else text
+    first_line = text.split("\n", 1)[0]
+    # spreadsheets of some countries write semicolons
+    separator = told["named"].replace("\\t", "\t") if told and told["named"] else max(",;\t", key=first_line.count)
+    # strict: else a quote that is never closed would swallow the rows after it in silence
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        records = list(reader)
+    except csv.Error as error:
+        advice = "A quote inside a quoted cell is written twice, and every opened quote is closed."
+        raise CorpusError(f"{path}: not a readable CSV near line {reader.line_num} ({error}). {advice}") from error
+    if not records or not any(visible(cell) for cell in records[0]):
+        raise CorpusError(f"{path} is empty: expected the header {','.join(columns)} and a row for each question.")
+    header = [visible(cell).lower() for cell in records[0]]
+    _check_header(header, path, columns, needed)
+    rows = [(number, cells) for number, cells in enumerate(records[1:], start=2) if any(map(visible, cells))]
+    if not rows:
+        raise CorpusError(f"{path} has a header but no questions.")
+    return header, rows
+
+
+def _text(data: bytes, path: Path) -> str:
+    kind = _other_kind(data)
+    if kind:
+        raise CorpusError(f'{path} is {kind}, not a CSV. Open it and save it as "CSV UTF-8".')
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 text (byte {error.start}). Save the CSV as UTF-8.") from error
+
+
+def _other_kind(data: bytes) -> str:
+    """What a file of questions is by its first bytes if it is no text; "" if it may be one."""
+    if data.startswith(b"\xd0\xcf\x11\xe0"):
+        return "an old Excel workbook (.xls)"
+    if not data.startswith(b"PK\x03\x04"):
+        return ""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as opened:
+            names = opened.namelist()
+    except zipfile.BadZipFile:
+        return "a damaged zip archive or Excel workbook (.xlsx)"
+    if any(name.startswith("xl/") for name in names):
+        return "an Excel workbook (.xlsx)"
+    if any(name.startswith("Index/") for name in names):
+        return "a Numbers table (.numbers)"
+    return "an OpenDocument table (.ods)" if "content.xml" in names else "a zip archive"
+
+
+def _check_header(header: list[str], path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+    if not set(header) & set(columns):
+        row, line = ", ".join(filter(None, header)), ",".join(columns)
+        raise CorpusError(f"{path} has no header: its first row is data ({row}). Put the line {line} above it.")
+    if missing := [column for column in needed if column not in header]:
+        near = [difflib.get_close_matches(column, header, n=1) for column in missing]
+        hint = "".join(
+            f" Is {found[0]!r} meant as {column}?" for column, found in zip(missing, near, strict=True) if found
+        )
+        listed = ", ".join(filter(None, header))
+        raise CorpusError(f"{path}: no column {', '.join(missing)}; the columns found are {listed}.{hint}")
+    if repeated := sorted({column for column in header if header.count(column) > 1 and column}):
+        raise CorpusError(f"{path}: the column {', '.join(repeated)} occurs more than once.")
+
+
+def whole_number(text: str, rule: str) -> str:
+    """A whole number's digits, also from 3.0 or 3,0 as spreadsheets write it; raises RowError with the rule."""
+    found = re.fullmatch(r"([+-]?[0-9]{1,9})(?:[.,]0{0,2})?", text)
+    if not found:
+        raise RowError(f"{rule}; found {text!r}")
+    return found[1]
