@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from helpers.config import AdemConfig
+from helpers.corpora.tasks import require_finite_scores
 from helpers.models.adem_vl.model import AdemVL
 from helpers.models.adem_vl.sequences import Encoded, collate
 from helpers.training.adem_vl import batch_of, encode_problems, images_for, padding_token
@@ -53,7 +54,7 @@ def worth(model: AdemVL, problem: Mapping[str, Any], config: AdemConfig, window:
     A square of `window` patches a side, centred at the patch, is filled with the image's mean colour; the answer's
     log-probability with the whole image, less that with the square hidden. Negative: the answer became likelier.
     `evaluation_batch` images are seen at once. Raises ValueError for a problem without an image, and for one that is
-    too long.
+    too long or whose scores are not finite.
     """
     sequence = _sequence(model, problem, config)
     pixels = images_for(model, config)(problem["image"])
@@ -70,7 +71,9 @@ def worth(model: AdemVL, problem: Mapping[str, Any], config: AdemConfig, window:
                 image[:, top:bottom, left:right] = pixels.mean((1, 2))[:, None, None]
         batch = collate([sequence] * len(places), shown, padding_token(model), left=True)
         logits = model.next_logits(**{name: t.to(model.device) for name, t in batch.items() if name != "labels"})
-        return logits.log_softmax(-1).cpu().double()
+        scores = logits.log_softmax(-1).cpu().double()
+        require_finite_scores(scores.numpy(), f"problem {problem['pid']}")
+        return scores
 
     places, size = range(grid * grid + 1), config.evaluation_batch  # the last one is the whole image
     answer = int(told(places[-1:])[0].argmax())

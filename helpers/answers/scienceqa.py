@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from helpers.config import AdemConfig
 from helpers.corpora.scienceqa import ANSWER_START, LETTERS, prompt, protocol
+from helpers.corpora.tasks import require_finite_scores
 from helpers.models.adem_vl.model import AdemVL
 from helpers.models.adem_vl.sequences import letter_tokens
 from helpers.scoring.scienceqa import WRONG, choice_index, first_capital, first_choice, gold_of, majority
@@ -44,7 +45,8 @@ def predict(
     prediction: index of its letter, `WRONG` if it is none of the choices'; likeliest: index of the best score;
     too_long: "", or why a problem does not fit the window: it has no scores and an empty text, and both are `WRONG`.
     blind: problems are shown without their images. images: other images by pid (see `shuffle_images`). deadline: in
-    seconds from now; DeadlineReached is raised when it has passed.
+    seconds from now; DeadlineReached is raised when it has passed, and ScoreError, naming the problem, for scores that
+    are not finite.
     """
     if problems.empty:
         return pd.DataFrame(columns=["pid", *ANSWER_COLUMNS])
@@ -70,6 +72,7 @@ def predict(
         logits = model.next_logits(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         scores = logits.log_softmax(-1)[:, letters].cpu()
         for i, written, row in zip(chosen, logits.argmax(-1).tolist(), scores.tolist(), strict=True):
+            require_finite_scores(row, f"problem {rows[i]['pid']}")
             text, count = model.tokenizer.decode([written]), len(rows[i]["choices"])
             best = int(np.argmax(row[:count]))
             answers[i] = (row[:count], text, choice_index(first_capital(text), count), best)

@@ -14,7 +14,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from helpers.corpora.tasks import COUNTS, MULTIPLE_CHOICE, TASKS, expected_count, round_count, softmax
+from helpers.corpora.tasks import (
+    COUNTS,
+    MULTIPLE_CHOICE,
+    TASKS,
+    expected_count,
+    require_finite_scores,
+    round_count,
+    softmax,
+)
 from helpers.scoring.baselines import shuffle_gifs
 from helpers.stage.pace import PACE_FILE, DeadlineReached, probe_steps
 from helpers.workspace.disk import whole, write_json
@@ -65,6 +73,7 @@ def predict(
     Raises:
         stage.pace.DeadlineReached: the time was up, or the runner only measures the pace and a chunk of each task was
             answered; the chunks that were done are kept in `cache`.
+        corpora.tasks.ScoreError: a question's scores are not finite; it is named.
 
     Returns:
         one row a question, in the order of `questions`: question_id, seen_gif_sha256 and `RESULT_COLUMNS`. `scores`
@@ -153,21 +162,22 @@ def _predict_task(
                 raise DeadlineReached(f"time is up in {description}: what was answered before it is kept")
             video = features.fetch([gifs[i] for i in batch], groups) if model.video else (None, None)
             batch_prompts = [prompts[i] for i in batch]
+            told = [f"{task} question {rows['question_id'].iloc[i]}" for i in batch]
             if candidates is None:
-                answers = _answer_openly(model, batch_prompts, video, config.num_beams, vocabulary)
+                answers = _answer_openly(model, batch_prompts, video, config.num_beams, vocabulary, told)
             else:
                 texts = [candidates[i] for i in batch]
-                answers = map(_choose, model.score(batch_prompts, texts, *video), texts, [task] * len(batch))
+                answers = map(_choose, model.score(batch_prompts, texts, *video), texts, [task] * len(batch), told)
             results.update(zip(batch, answers, strict=True))
             progress.update(len(batch))
     answers = pd.DataFrame([results[i] for i in range(len(rows))], columns=RESULT_COLUMNS)
     return pd.concat([rows[["question_id", "seen_gif_sha256"]].reset_index(drop=True), answers], axis=1)
 
 
-def _choose(scores: np.ndarray, texts: Sequence[str], task: str) -> dict[str, Any]:
-    """The chosen candidate of one question from its scores [K, 2] (summed, per token)."""
+def _choose(scores: np.ndarray, texts: Sequence[str], task: str, told: str) -> dict[str, Any]:
+    """The chosen candidate of one question, called `told`, from its scores [K, 2] (summed, per token)."""
     summed, per_token = np.asarray(scores, dtype=np.float64).T
-    probabilities = softmax(summed)
+    probabilities = softmax(summed, told)
     if task == "count":
         index = round_count(expected_count(summed)) - 1
         second = None
@@ -188,10 +198,13 @@ def _answer_openly(
     video: tuple[np.ndarray | None, np.ndarray | None],
     num_beams: int,
     vocabulary: Sequence[str] | None,
+    told: Sequence[str],
 ) -> list[dict[str, Any]]:
     generated = model.generate(prompts, *video, num_beams=num_beams)
-    closed = model.best_answer(prompts, list(vocabulary), *video) if vocabulary else [None] * len(prompts)
     scores = model.score(prompts, [[text] for text in generated], *video)
+    for score, name in zip(scores, told, strict=True):
+        require_finite_scores(score, name)
+    closed = model.best_answer(prompts, list(vocabulary), *video) if vocabulary else [None] * len(prompts)
     return [
         {
             "prediction": text,

@@ -15,6 +15,10 @@ MAX_COUNT = 10
 COLOR_FORM = re.compile(r"(of |in )?(what|which)( is| are| was| were)?( the)? colou?rs?\b")
 
 
+class ScoreError(ValueError):
+    """Scores that are not finite: whatever they chose would be an accident."""
+
+
 def question_form(question: str) -> str:
     """The FrameQA type that a question's wording asks for, one of `TYPES`.
 
@@ -32,8 +36,21 @@ def question_form(question: str) -> str:
 COUNTS = tuple(str(number) for number in range(1, MAX_COUNT + 1))
 
 
+def require_finite_scores(scores: np.ndarray, where: str) -> None:
+    """Raise ScoreError, naming `where` (a question, a row), if one is NaN or infinite: argmax would still choose."""
+    if not np.isfinite(scores).all():
+        raise ScoreError(
+            f"the scores of {where} are not finite (NaN or infinity), so that no answer can be chosen: the model's "
+            "weights or what it was shown are damaged, or its numbers are too large for half precision. Score with "
+            "another bundle, or train this one anew with lower learning rates."
+        )
+
+
 def expected_count(scores: np.ndarray) -> float:
-    """Expectation of the model's own distribution over the numbers 1 to 10: softmax of ten summed log-probabilities."""
+    """Expectation of the model's own distribution over the numbers 1 to 10: softmax of ten summed log-probabilities.
+
+    Raises ScoreError as `softmax`.
+    """
     return float(np.dot(softmax(scores), np.arange(1, MAX_COUNT + 1)))
 
 
@@ -57,8 +74,9 @@ def bare(text: str) -> str:
     return str(text).strip().lower()
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Probabilities of log-probabilities [K], in float64."""
+def softmax(scores: np.ndarray, where: str = "a question") -> np.ndarray:
+    """Probabilities of log-probabilities [K], in float64. Raises ScoreError, naming `where`, for scores that are not finite."""
+    require_finite_scores(scores, where)
     weights = np.exp(np.asarray(scores, dtype=np.float64) - np.max(scores))
     return weights / weights.sum()
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from helpers.config import LanguageModelConfig
+from helpers.models.parts import require_finite
 from helpers.workspace.machine import compute_dtype
 from helpers.workspace.weights import find_model
 
@@ -50,7 +51,8 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model (frozen) and its tokenizer, in NF4 with double quantisation or unquantised.
 
-    `folder` stands in for the profile's model id. Raises ModelNotFound when the weights are nowhere to be had.
+    `folder` stands in for the profile's model id. Raises ModelNotFound when the weights are nowhere to be had,
+    BundleError when a number of them is not finite, in the precision in which they were loaded.
     """
     folder = folder or find_model(config.model, config.revision)
     dtype = compute_dtype(device)
@@ -63,6 +65,7 @@ def load_language_model(
             bnb_4bit_compute_dtype=dtype,
         )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **options)
+    require_finite(dict(model.named_parameters()), f"{folder} (as {dtype})", "fetch it again, or name another model")
     if config.quantisation == "nf4":
         from bitsandbytes.nn import Linear4bit
 

@@ -1,4 +1,4 @@
-"""What every model shares: strict tensors, telling base models apart, and answering without a gradient."""
+"""What every model shares: strict and finite tensors, telling base models apart, answering without a gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN_FAULTS = 8
 
 
 class BundleError(ValueError):
-    """A bundle that does not fit: files, tensors, or the models that it was trained on."""
+    """A bundle or weights that cannot be used: files, tensors, or the models that a bundle was trained on."""
 
 
 def tensor_faults(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
@@ -33,13 +33,39 @@ def tensor_faults(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     return "; ".join(faults[:SHOWN_FAULTS]) + more
 
 
+def require_finite(
+    tensors: Mapping[str, Tensor], where: Path | str, what_to_do: str, error: type[Exception] = BundleError
+) -> None:
+    """Raise `error`, naming tensors and `where` they are, if one holds NaN or infinity: no answer would mean anything.
+
+    Of a weight in 4 bits, whose own numbers are always finite, the scales of its blocks are looked at.
+    """
+    faults = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if faults:
+        more = f" and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        named = ", ".join(faults[:SHOWN_FAULTS]) + more
+        raise error(f"{where} holds numbers that are not finite (NaN or infinity) in {named}: {what_to_do}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if (packed := getattr(tensor, "quant_state", None)) is not None:
+        # with double quantisation the scales are packed too: theirs, and the mean that was taken off
+        scales = [packed.state2.absmax, packed.offset] if packed.nested else [packed.absmax]
+        return all(_is_finite(scale) for scale in scales)
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
+        return True
+    # one pass and no mask in memory: the extremes are NaN where any number is
+    return bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
+
+
 def load_strictly(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read a safetensors file that must hold exactly the expected names and shapes, or raise BundleError."""
+    """Read a safetensors file of exactly the expected names and shapes and of finite numbers, or raise BundleError."""
     if not path.is_file():
         raise BundleError(f"{path} is missing; a bundle holds it, copy the whole folder")
     tensors = load_file(path)
     if faults := tensor_faults(tensors, expected):
         raise BundleError(f"{path} does not fit this model: {faults}")
+    require_finite(tensors, path, "copy the bundle again, or train it anew")
     return tensors
 
 

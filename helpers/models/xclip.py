@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import XCLIPModel
 
+from helpers.models.parts import require_finite
 from helpers.workspace.weights import find_model
 
 
@@ -60,10 +61,12 @@ def weights_digest(module: nn.Module) -> str:
 def load_xclip(model_id: str, revision: str | None = None) -> XCLIPModel:
     """Load a stock `XCLIPModel` (fp32, evaluation mode); `model_id` is a hub id, a `tiny/...` asset or a folder.
 
-    Raises: `helpers.workspace.weights.ModelNotFound` when the weights are nowhere to be had.
+    Raises: `helpers.workspace.weights.ModelNotFound` when the weights are nowhere to be had, BundleError when a number
+    of them is not finite.
     """
     folder = find_model(model_id, revision)
     model = XCLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention_implementation())
+    require_finite(dict(model.named_parameters()), folder, "fetch these weights again, or name another encoder.model")
     return model.eval().requires_grad_(False)
 
 

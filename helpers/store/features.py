@@ -98,7 +98,8 @@ class FeatureTable:
     def fetch(self, ids: Sequence[str], groups: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings of the views that `lengths` tells of, float16 [B, max N, D] padded with 0, and lengths int64 [B].
 
-        Frames n of a row belong to group n // frames_per_group. Raises StoreError as `lengths` does.
+        Frames n of a row belong to group n // frames_per_group. Raises StoreError as `lengths` does, and for
+        embeddings that are not finite, naming the GIF.
         """
         rows, lengths, offsets = self._find(ids, groups)
         out = np.zeros((len(rows), int(lengths.max(initial=0)), self.dim), dtype=np.float16)
@@ -128,6 +129,7 @@ class FeatureTable:
             distinct, place = np.unique(rows, return_inverse=True)
             taken = self._dataset.take(distinct, columns=["embeddings"])["embeddings"].combine_chunks()
             ends, values = taken.offsets.to_numpy(), self._values(taken)
+            self._require_finite(values, ends, distinct)
             return (values[ends[i] - ends[0] : ends[i + 1] - ends[0]] for i in place)
         if self._embeddings is None:
             embeddings = np.empty((self._start[-1], self.dim), dtype=np.float16)
@@ -136,8 +138,20 @@ class FeatureTable:
                 values = self._values(batch["embeddings"])
                 embeddings[position : position + len(values)] = values
                 position += len(values)
+            self._require_finite(embeddings, self._start, np.arange(len(self)))
             self._embeddings = embeddings
         return (self._embeddings[self._start[row] : self._start[row + 1]] for row in rows)
+
+    def _require_finite(self, values: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> None:
+        """Raise StoreError if one of the embeddings [n, D] of these rows, row i's up to ends[i + 1], is not finite."""
+        finite = np.isfinite(values)
+        if not finite.all():
+            place = ends[0] + int(finite.all(1).argmin())
+            sha = self.ids[rows[np.searchsorted(ends, place, side="right") - 1]]
+            raise StoreError(
+                f"{self.path} holds embeddings that are not finite (NaN or infinity), the first of GIF {sha}: "
+                "delete this table and run notebook 02 again."
+            )
 
     def _values(self, column: pa.ListArray) -> np.ndarray:
         return column.flatten().flatten().to_numpy(zero_copy_only=True).reshape(-1, self.dim)

@@ -235,8 +235,8 @@ def train_adem(
     """Train `model` on `problems` (rows of `PROBLEM_COLUMNS`), or go on with it: see `helpers.training.engine.fit`.
 
     blind: every problem is shown without its image. Returns the result, and the problems that were too long and left
-    out (item, where, reason). Raises CheckpointError if `folder` holds another run, TrainingError if the loss diverges
-    or there are too few problems.
+    out (item, where, reason). Raises CheckpointError if `folder` holds another run, TrainingError if the loss diverges,
+    nothing is learnt (see `learning`) or there are too few problems.
     """
     data = Problems(model, problems, config, blind=blind)
     plan = plan_steps(data.lengths, config)
@@ -252,6 +252,7 @@ def train_adem(
         seed=config.seed,
         checkpoint_minutes=config.checkpoint_minutes,
         log_steps=config.log_steps,
+        adapter="adapters",
         unit=TWIN if blind else "steps",
         follow=() if blind else (TWIN,),
         betas=BETAS,

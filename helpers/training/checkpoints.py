@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helpers.config import deciding
-from helpers.models.parts import tensor_faults
+from helpers.models.parts import require_finite, tensor_faults
 from helpers.stage.manifest import differences
 from helpers.training.collective import TrainingError
 from helpers.workspace.disk import file_sha256, put_in_place, sync, whole
@@ -25,7 +25,7 @@ KEPT_CHECKPOINTS = 2
 
 
 class CheckpointError(TrainingError):
-    """The checkpoint in the folder belongs to other settings, data or parameters."""
+    """The checkpoint in the folder belongs to other settings, data or parameters, or cannot be used."""
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -106,10 +106,11 @@ def find_checkpoint(folder: Path, ours: dict[str, Any]) -> tuple[Path, dict[str,
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Copy a checkpoint's tensors into the trainable parameters. CheckpointError names a missing or surplus one."""
+    """Copy a checkpoint's tensors into the trainable parameters. CheckpointError names one that is amiss."""
     tensors, parameters = load_file(path / TENSORS), trainable(model)
     if faults := tensor_faults(tensors, parameters):
         raise CheckpointError(f"{path / TENSORS} does not fit this model: {faults}")
+    require_finite(tensors, path / TENSORS, f"delete {path} to go on from the one before it", CheckpointError)
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
-from helpers.models.parts import IGNORED, on_cpu
+from helpers.models.parts import IGNORED, on_cpu, require_finite
 from helpers.stage.pace import note_pace, probe_steps
 from helpers.training.checkpoints import (
     HISTORY,
@@ -30,8 +30,9 @@ from helpers.training.checkpoints import (
     trainable,
     write_history,
 )
-from helpers.training.collective import Shared, any_of, barrier, rank, stop_signals, world
+from helpers.training.collective import Shared, TrainingError, any_of, barrier, rank, stop_signals, world
 from helpers.training.history import LossDisplay, Recorder
+from helpers.training.learning import LearningWatch
 from helpers.training.plan import StepPlan
 from helpers.workspace.machine import compute_dtype, device
 
@@ -64,6 +65,8 @@ class Job:
     """Batches whose mean loss is measured at the end of each epoch."""
     betas: tuple[float, float] = (0.9, 0.999)
     gradient_checkpointing: bool = False
+    adapter: str = ""
+    """The `part` that must have moved when training ends, unless its learning rate is 0; "": any of them."""
     unit: str = "steps"
     """What the stage's forecast calls the steps of this run."""
     follow: tuple[str, ...] = ()
@@ -186,7 +189,7 @@ class AdapterTrainer(Trainer):
             self.display.update(self.recorder, window)
         last = self.recorder.rows[-window:]
         means = {"loss": np.mean([row["loss"] for row in last])}
-        means |= {name: value for name, value in last[-1].items() if name.startswith("lr_")}
+        means |= {name: value for name, value in last[-1].items() if name.startswith("lr_") or name == "scale"}
         if last[-1]["seconds"] > last[0]["seconds"]:
             seconds = last[-1]["seconds"] - last[0]["seconds"]
             means["tokens_per_second"] = sum(row["tokens"] for row in last[1:]) / seconds
@@ -196,6 +199,9 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the full state to a temporary folder and rename it. Replaces the Trainer's, which saves all weights."""
         self.recorder.flush(scaled=self.args.fp16)
+        # Before a file is there, and in every process: what the checkpoint before this one holds is still good.
+        advice = "lower the learning rates or raise the warm-up; running again goes on from the last checkpoint"
+        require_finite(trainable(self.model), f"the model at step {self.state.global_step}", advice, TrainingError)
         step, folder = self.state.global_step, self.folder / "checkpoints"
         temporary = folder / f"saving-{step}"
         if rank() == 0:
@@ -265,6 +271,7 @@ class TrainResult:
             "first_loss": float(self.history["loss"].iloc[:part].mean()),
             "last_loss": float(self.history["loss"].iloc[-part:].mean()),
             **({"validation_loss": float(watched.iloc[-1])} if len(watched) else {}),
+            **({"skipped_steps": int(self.history["skipped"].sum())} if "skipped" in self.history else {}),
         }
 
 
@@ -325,6 +332,7 @@ def _run(
     try:
         with stop_signals() as signals:
             trainer.add_callback(RunControl(trainer, job, ends, signals, evaluate))
+            trainer.add_callback(LearningWatch(trainer, job.warmup, job.adapter))
             trainer.recorder.began = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(path) if path else None)
     finally:
@@ -334,7 +342,8 @@ def _run(
             trainer.display.close()
         # Takes the autocast wrapper off again, so that the model is left as it came.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        trainer.remove_callback(RunControl)  # it refers back to the trainer, and so would keep the model in memory
+        for callback in (RunControl, LearningWatch):  # they refer to the trainer, and so would keep the model in memory
+            trainer.remove_callback(callback)
     if signal.SIGINT in signals:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; saved, so running again goes on")
 

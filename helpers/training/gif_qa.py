@@ -177,7 +177,7 @@ def train(
     video (`model.video` False) is trained on the same batches as one with video.
 
     Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
-    of other settings or data, TrainingError if the loss diverges.
+    of other settings or data, TrainingError if the loss diverges or nothing is learnt (see `learning`).
     """
     model.check_features(features.encoder_key)
     if profile.training.gpus > 1 and world() == 1:
@@ -206,6 +206,7 @@ def train(
         log_steps=training.log_steps,
         watched=watched,
         gradient_checkpointing=training.gradient_checkpointing,
+        adapter="language_model",
         unit="steps" if model.video else TWIN,
         follow=(TWIN,) if model.video else (),
         answer_tokens=lambda item: len(item[1]),

@@ -25,6 +25,7 @@ class Recorder:
         """`tokens`: real tokens of each step; `parts`: those of the model that have a learning rate of their own."""
         self.rows: list[dict[str, Any]] = [] if history is None else history.to_dict("records")
         self.pending: list[torch.Tensor] = []
+        self.scales: list[torch.Tensor] = []
         self.plan, self.before, self.began = plan, seconds, time.perf_counter()
         self.tokens, self.parts = tokens, list(parts)
 
@@ -41,8 +42,12 @@ class Recorder:
         rates = {f"lr_{part}": rates.get(part, 0.0) for part in self.parts}
         self.rows.append(row | rates | {"tokens": int(self.tokens[step]), "seconds": self.seconds})
 
+    def add_scale(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Note the gradient scaler's scale before and after the newest step (scalars, left where they are)."""
+        self.scales.append(torch.stack([before, after]))
+
     def flush(self, scaled: bool) -> None:
-        """Fetch the pending losses. TrainingError on a loss that is not finite.
+        """Fetch the pending losses and scales. TrainingError on a loss that is not finite.
 
         A gradient scaler (`scaled`) skips such steps: with one, it is an error only if all pending losses are so.
         """
@@ -51,6 +56,12 @@ class Recorder:
         first = len(self.rows) - len(self.pending)
         losses = mean_of(torch.stack(self.pending).float()).tolist()
         self.pending.clear()
+        if self.scales:
+            # the scale falls exactly where a gradient was not finite; accelerate's own word for it, which watches calls
+            # of the optimizer, is wrong for a fused one: that is called all the same, and skips the step inside
+            for row, (before, after) in zip(self.rows[first:], torch.stack(self.scales).tolist(), strict=True):
+                row |= {"scale": before, "skipped": int(after < before)}
+            self.scales.clear()
         for i, loss in enumerate(losses):
             self.rows[first + i]["loss"] = loss
         finite = [math.isfinite(loss) for loss in losses]
@@ -62,8 +73,13 @@ class Recorder:
             )
 
     def table(self) -> pd.DataFrame:
-        """The history so far, a row a step; eval_loss is NaN but at the ends of epochs, seconds are cumulative."""
+        """The history so far, a row a step; eval_loss is NaN but at the ends of epochs, seconds are cumulative.
+
+        Runs with a gradient scaler have two more columns: the scale of the step's loss, and skipped (1: its gradients
+        were not finite, so that the optimizer took no step).
+        """
         columns = ["step", "epoch", "loss", "eval_loss", *(f"lr_{part}" for part in self.parts), "tokens", "seconds"]
+        columns += [name for name in ("scale", "skipped") if any(name in row for row in self.rows)]
         return pd.DataFrame(self.rows, columns=columns)
 
 

@@ -15,6 +15,7 @@ from helpers.assets.make_tiny import train_tokenizer
 from helpers.config import load_profile
 from helpers.corpora import diagrams, load_problems
 from helpers.corpora.scienceqa import PromptStyle, load, open_image, prompt
+from helpers.corpora.tasks import ScoreError
 from helpers.models import adem_vl
 from helpers.models.adem_vl import parameter_comparison
 from helpers.models.adem_vl.sequences import collate, encode, image_tensor
@@ -152,6 +153,24 @@ def test_answers_are_kept_once_they_are_there(tmp_path):
 def test_a_passed_deadline_is_said(model, config, test_rows):
     with pytest.raises(DeadlineReached):
         answering.predict(model, test_rows, config, deadline=-1.0)
+
+
+def test_no_answer_rests_on_scores_that_are_not_finite(model, config, test_rows, monkeypatch):
+    """One logit of 340 is NaN in the last row of every batch: of problems, and of pictures with a patch hidden."""
+    original = model.next_logits
+
+    def next_logits(**batch):
+        logits = original(**batch).clone()
+        logits[-1, 7] = math.nan
+        return logits
+
+    monkeypatch.setattr(model, "next_logits", next_logits)
+    with pytest.raises(ScoreError, match=r"problem \w+ are not finite") as error:
+        answering.predict(model, test_rows, config)
+    assert any(f"problem {pid} " in str(error.value) for pid in test_rows["pid"])
+    row = test_rows[test_rows["image"] != ""].iloc[0].to_dict()
+    with pytest.raises(ScoreError, match=f"problem {row['pid']} are not finite"):
+        regions.worth(model, row, config)
 
 
 def test_images_matter_and_blind_answers_do_not_know_them(model, config, test_rows, answers):

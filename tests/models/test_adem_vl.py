@@ -807,6 +807,44 @@ def test_loading_is_strict(tmp_path):
         AdemVL.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_trained_parts_that_are_not_finite_are_refused_by_name(tmp_path, number):
+    """In the folder of save_pretrained, in the authors' file (under their name), and when a model is saved."""
+    folder = make_model().float().save_pretrained(tmp_path / "adem")
+    path = folder / "adapter.safetensors"
+    kept = path.read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["projector.fc2.bias"][-1] = number
+    save_file(tensors, path)
+    with pytest.raises(AdemVLError, match=rf"{path} .*not finite.* in projector\.fc2\.bias:"):
+        AdemVL.from_pretrained(folder, device=torch.device("cpu"))
+
+    model, content = make_model().float(), released()
+    content["adapter_proj.fc2.bias"][-1] = number
+    authors = save_released(tmp_path / "checkpoint-19.pth", content)
+    with pytest.raises(AdemVLError, match=rf"{authors} .*not finite.* in adapter_proj\.fc2\.bias:"):
+        model.load_released_adapters(authors)
+
+    path.write_bytes(kept)
+    with torch.no_grad():
+        model.key_embedding[0, 0, 0] = number
+    with pytest.raises(AdemVLError, match=r"not finite.* in key_embedding: .*adem was not written"):
+        model.save_pretrained(folder)
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_model"])
+def test_base_models_that_are_not_finite_are_refused(tmp_path, part):
+    folder = make_model().float().save_pretrained(tmp_path / "adem")
+    path = folder / part / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    name = next(name for name in sorted(tensors) if "layers.1." in name)
+    tensors[name].view(-1)[-1] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(AdemVLError, match=rf"{path.parent}.* not finite.* in \S*{re.escape(name[-20:])}"):
+        AdemVL.from_pretrained(folder, device=torch.device("cpu"))
+
+
 def test_other_base_models_are_refused(tmp_path):
     model = make_model().float()
     folder = model.save_pretrained(tmp_path / "adem")

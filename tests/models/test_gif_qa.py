@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from io import BytesIO
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, XCLIPModel
 
 import helpers.models.gif_qa as gif_qa
+from helpers.corpora.tasks import ScoreError
 from helpers.gifs.decode import GifRejected
 from helpers.models.gif_qa.ask import GifQA
 from helpers.models.gif_qa.bundle import load_bundle
@@ -333,6 +336,26 @@ def test_best_answer_goes_on_while_a_bound_allows_it(llama, monkeypatch):
     assert llama.best_answer(prompts(llama), vocabulary, frames, lengths) == [last[0]] * 3
 
 
+@pytest.mark.parametrize("place", ["first", "later"])
+def test_best_answer_is_not_chosen_from_scores_that_are_not_finite(llama, monkeypatch, place):
+    """NaN in the bounds of the first tokens, or in the scores of whole words, of the second prompt alone."""
+    frames, lengths = features()
+    if place == "first":
+        frames[2] = math.nan
+        expected = "prompt 3 of 3"
+    else:
+        original, expected = llama.score_tokens, "prompt 2 of 3"
+
+        def score_tokens(*arguments):
+            scores = original(*arguments)
+            scores[1][-1, 0] = math.nan
+            return scores
+
+        monkeypatch.setattr(llama, "score_tokens", score_tokens)
+    with pytest.raises(ScoreError, match=expected):
+        llama.best_answer(prompts(llama), ["red", "blue", "7"], frames, lengths)
+
+
 def test_inference_ignores_and_restores_training_mode(build):
     model = build("llama", language_model__lora_dropout=0.5).train()
     frames, lengths = features()
@@ -459,6 +482,65 @@ def test_faulty_tensors_are_named(llama, tmp_path, tiny_llama_dir, file, fault):
     with pytest.raises(BundleError, match=rf"{fault}.*") as error:
         load_bundle(path.parent, language_model=str(tiny_llama_dir))
     assert name in str(error.value)
+
+
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "connector.safetensors"])
+@pytest.mark.parametrize("number", NOT_FINITE)
+def test_tensors_that_are_not_finite_are_named_with_their_file(llama, tmp_path, tiny_llama_dir, file, number):
+    path = llama.save_bundle(tmp_path / "bundle") / file
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, path)
+    with pytest.raises(BundleError, match="not finite") as error:
+        load_bundle(path.parent, language_model=str(tiny_llama_dir))
+    assert str(path) in str(error.value) and name in str(error.value) and sorted(tensors)[2] not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["lora_B", "connector"])
+def test_a_model_that_is_not_finite_is_not_saved_over_one_that_is(build, tmp_path, part):
+    model = build("llama")
+    folder = model.save_bundle(tmp_path / "bundle")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    parameter = next(p for name, p in model.named_parameters() if part in name)
+    with torch.no_grad():
+        parameter.view(-1)[0] = math.nan
+    with pytest.raises(BundleError, match=f"not finite.*{part}.*bundle was not written"):
+        model.save_bundle(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_language_model_that_is_not_finite_is_refused(tmp_path, make_profile, tiny_llama_dir, quantisation, name):
+    """The matrix is one of those that nf4 packs: there its block's scale tells."""
+    shutil.copytree(tiny_llama_dir, tmp_path / "llama")
+    path = tmp_path / "llama" / "model.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    tensors[name].view(-1)[5] = math.inf
+    save_file(tensors, path, {"format": "pt"})
+    profile = make_profile(language_model__model=str(path.parent), language_model__quantisation=quantisation)
+    with pytest.raises(BundleError, match=rf"{path.parent} .*not finite.*{name}"):
+        load_language_model(profile.language_model, torch.device("cpu"))
+
+
+def test_weights_that_overflow_in_the_precision_of_the_gpu_are_refused(
+    tmp_path, make_profile, tiny_llama_dir, monkeypatch
+):
+    """70,000 is a number in float32 and bfloat16; the greatest of float16 is 65,504."""
+    shutil.copytree(tiny_llama_dir, tmp_path / "llama")
+    path = tmp_path / "llama" / "model.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    tensors["model.norm.weight"][0] = 70_000
+    save_file(tensors, path, {"format": "pt"})
+    config = make_profile(language_model__model=str(path.parent)).language_model
+    load_language_model(config, torch.device("cpu"))
+    monkeypatch.setattr("helpers.models.language.compute_dtype", lambda device: torch.float16)
+    with pytest.raises(BundleError, match=r"float16.*model\.norm\.weight"):
+        load_language_model(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "connector.safetensors", "bundle.json"])
@@ -617,6 +699,25 @@ def test_without_a_gif_nothing_is_shown(qa, build, tmp_path, tiny_llama_dir):
     blind = GifQA.from_pretrained(folder, language_model=str(tiny_llama_dir))
     # Both models have the same adapter, so without video tokens they are the same model.
     assert blind.answer(None, "what is it ?", OPTIONS) == blind.answer(make_gif(4), "what is it ?", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [("what does it do ?", ["it spins", "red"]), ("How many times does it jump ?", None), ("what is it ?", None)],
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_no_answer_has_the_confidence_nan(qa, monkeypatch, question, options, hidden):
+    """Whatever is asked: damage that shows at once, and damage that shows only where a frame is hidden."""
+    tokens = qa.model._video_tokens
+
+    def damaged(frames, mask):
+        result, token_mask = tokens(frames, mask)
+        return result * (1.0 if hidden and mask.all() else math.inf), token_mask
+
+    monkeypatch.setattr(qa.model, "_video_tokens", damaged)
+    said = re.escape(f"the question {question!r}" + (" with a frame hidden" if hidden else ""))
+    with pytest.raises(ScoreError, match=f"{said} are not finite"):
+        qa.answer(make_gif(5), question, options)
 
 
 @pytest.mark.parametrize("options", [["one"], ["a", " "], ["a", "a"]])

@@ -1,12 +1,16 @@
 """Frame masks of X-CLIP against the stock Hugging Face model."""
 
 import copy
+import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import XCLIPModel
 
-from helpers.models.xclip import FrameEncoder, MaskedMIT, attention_implementation
+from helpers.models.parts import BundleError
+from helpers.models.xclip import FrameEncoder, MaskedMIT, attention_implementation, load_xclip
 
 try:  # needs no torchvision; transformers 5.0 has it under the plain name
     from transformers import VideoMAEImageProcessorPil as VideoMAEImageProcessor
@@ -172,3 +176,13 @@ def test_sdpa_only_where_transformers_has_it_for_xclip(monkeypatch, gpu, support
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(XCLIPModel, "_supports_sdpa", supported)
     assert attention_implementation() == chosen
+
+
+def test_a_video_encoder_that_is_not_finite_is_refused(tmp_path, tiny_xclip_dir):
+    shutil.copytree(tiny_xclip_dir, tmp_path / "xclip")
+    path = tmp_path / "xclip" / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["vision_model.encoder.layers.1.self_attn.q_proj.weight"][3, 4] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(BundleError, match=rf"{path.parent} .*not finite.*layers\.1\.self_attn\.q_proj\.weight"):
+        load_xclip(str(path.parent))

@@ -14,7 +14,7 @@ import torch
 from helpers import scoring
 from helpers.answers import predict, save_predictions, token_batches
 from helpers.corpora import tgif_qa
-from helpers.corpora.tasks import TASKS
+from helpers.corpora.tasks import TASKS, ScoreError
 from helpers.models.gif_qa.model import GifQAModel
 from helpers.stage import START_UP_SECONDS, own_pace
 from helpers.stage.pace import DeadlineReached
@@ -132,6 +132,26 @@ def test_multiple_choice_takes_the_highest_sum_and_per_token_is_the_second_colum
         assert row.confidence == pytest.approx(max(math.exp(s) / total for s in row.scores))
 
 
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_no_prediction_rests_on_scores_that_are_not_finite(task, number):
+    """The third question of the task has one such score, its last; all others are as ever."""
+    questions = world().query("task == @task")
+    asked = questions.iloc[2]
+
+    class Damaged(FakeModel):
+        def score(self, prompts, candidates, frames=None, lengths=None):
+            scores = super().score(prompts, candidates, frames, lengths)
+            for i, prompt in enumerate(prompts):
+                if prompt == self.encode_prompt(asked["question"] + asked["question_id"]):
+                    scores[i][-1] = number
+            return scores
+
+    named = questions.assign(question=questions["question"] + questions["question_id"])
+    with pytest.raises(ScoreError, match=f"{task} question {asked['question_id']} are not finite"):
+        predict(Damaged(), named, FakeFeatures(), CONFIG, groups=2, vocabulary=["red", "blue"])
+
+
 def test_count_is_the_rounded_expectation_of_the_ten_scored_numbers():
     for row in predicted().query("task == 'count'").itertuples():
         assert len(row.scores) == 10
@@ -147,6 +167,8 @@ def test_count_rounding_of_halves_and_ends():
     certain[6] = 0.0
     assert scoring.expected_count(certain) == pytest.approx(7)
     assert scoring.expected_count(np.zeros(10)) == pytest.approx(5.5)
+    with pytest.raises(ScoreError):
+        scoring.expected_count(np.array([math.nan, *certain[1:]]))
 
 
 def test_options_reach_the_prompt_only_where_the_profile_asks():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,7 @@ from threading import Thread
 import lance
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -621,3 +623,18 @@ def test_real_gifs_end_in_frames_or_a_reason(tmp_path, shared_data):
     stored = set(FrameTable(tmp_path / "01" / "frames").ids)
     for row in made.sources.itertuples():
         assert (row.reason is None) == (row.gif_sha256 in stored)
+
+
+@pytest.mark.parametrize("memory_gb", [4.0, 0.0])
+@pytest.mark.parametrize("place", [0, -1])
+def test_cached_embeddings_that_are_not_finite_are_an_error_naming_the_gif(tmp_path, features_path, memory_gb, place):
+    """The table is written by Lance itself, with one number of the fourth row made NaN: its first, or its last."""
+    whole = lance.dataset(str(features_path)).to_table()
+    rows = [
+        row | {"embeddings": [np.array(frame, np.float16) for frame in row["embeddings"]]} for row in whole.to_pylist()
+    ]
+    rows[3]["embeddings"][place][place] = math.nan
+    lance.write_dataset(pa.Table.from_pylist(rows, schema=whole.schema), str(tmp_path / "features.lance"))
+    table = FeatureTable(tmp_path / "features.lance", memory_gb)
+    with pytest.raises(StoreError, match=f"features.lance holds .*not finite.* of GIF {rows[3]['gif_sha256']}:"):
+        table.fetch([table.ids[i] for i in (5, 3, 2)], 5)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers import training
@@ -581,6 +581,33 @@ def test_a_diverged_loss_stops_the_run_before_it_is_saved(tmp_path, world, monke
     with pytest.raises(TrainingError, match="nan at step 6"):
         run(tmp_path, world)
     assert newest(tmp_path).name == "step-00000005"
+
+
+def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_read(tmp_path, world, monkeypatch):
+    """A parameter becomes NaN after the fourth step (its loss is finite); then a whole checkpoint is made bad."""
+    questions, features, _ = world
+    world = (questions, features, toy_config(checkpoint_minutes=1e-9))
+    original, calls = training.AdapterTrainer._save_checkpoint, []
+
+    def save(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            self.model.mit.bias.data[2] = math.nan
+        return original(self, *args)
+
+    monkeypatch.setattr(training.AdapterTrainer, "_save_checkpoint", save)
+    with pytest.raises(TrainingError, match=r"the model at step 4 .*not finite.* in mit\.bias:"):
+        run(tmp_path, world)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002", "step-00000003"]
+
+    path = newest(tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / training.TENSORS).items()}
+    tensors["mit.bias"][0] = math.inf
+    save_file(tensors, path / training.TENSORS)
+    with pytest.raises(
+        CheckpointError, match=rf"{path / training.TENSORS} .*not finite.* in mit\.bias: delete {path} "
+    ):
+        training.load_tensors(ToyModel(), path)
 
 
 def test_logs_and_folder(tmp_path, world, capsys):

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, Lla
 from helpers.models.adem_vl.config import NO_CLS, PHI, VISION_MODELS, AdemVLConfig, AdemVLError, hf_config
 from helpers.models.adem_vl.layers import ClipAdapter, Projector, fuse, fuse_softly, pool_scales
 from helpers.models.language import BaseLanguageModel, answer_loss, head_logits, load_language_model
-from helpers.models.parts import IGNORED, inference, on_cpu, same_base, tensor_faults
+from helpers.models.parts import IGNORED, inference, on_cpu, require_finite, same_base, tensor_faults
 from helpers.models.xclip import portable_name
 from helpers.workspace.disk import whole
 from helpers.workspace.machine import compute_dtype
@@ -452,7 +452,7 @@ class AdemVL(nn.Module):
     # ---- Files -----------------------------------------------------------------------------------------------------
 
     def _load_strictly(self, tensors: dict[str, Tensor], path: Path, names: dict[str, str] | None = None) -> None:
-        """Copy `tensors`, which must be exactly the trained parts in name (through `names`), shape and kind."""
+        """Copy `tensors`, which must be exactly the trained parts in name (through `names`), shape and kind; finite."""
         ours = self.adapter_tensors()
         expected = {(names or {}).get(name, name): tensor for name, tensor in ours.items()}
         if faults := tensor_faults(tensors, expected):
@@ -460,6 +460,7 @@ class AdemVL(nn.Module):
                 f"{path} does not fit this model: {faults}. Check adapter_dim, projector_dim, "
                 "scales, use_cls and learnable_threshold, and the sizes of both base models"
             )
+        require_finite(tensors, path, "copy the file again, or train the adapters anew", AdemVLError)
         with torch.no_grad():
             for name, tensor in expected.items():
                 tensor.copy_(tensors[name])
@@ -469,11 +470,14 @@ class AdemVL(nn.Module):
 
         adapter.safetensors (trained tensors only) and adem_vl.json (configuration, where the base models came from,
         and what tells them from others). A base model of unknown origin, as of `AdemVL(config)`, is written along.
+        Raises AdemVLError for a trained tensor that is not finite.
         """
-        folder = Path(folder)
+        folder, tensors = Path(folder), on_cpu(self.adapter_tensors())
+        advice = f"{folder} was not written; train with a lower learning rate"
+        require_finite(tensors, "the model", advice, AdemVLError)
         with whole(folder) as staging:
             staging.mkdir()
-            save_file(on_cpu(self.adapter_tensors()), staging / "adapter.safetensors")
+            save_file(tensors, staging / "adapter.safetensors")
             bases = {}
             for part in ("language_model", "vision_model"):
                 model = getattr(self, part)
@@ -496,8 +500,9 @@ class AdemVL(nn.Module):
         """Load what `save_pretrained` wrote, on the base models that it names or on those given (loaded, or by name).
 
         The model is in evaluation mode, and `tokenizer` is set where the language model was loaded by name. Raises
-        AdemVLError for a folder that is incomplete or of another format, for a missing, extra or mismatched tensor,
-        and for other base models than those it was trained on; ModelNotFound when weights are missing.
+        AdemVLError for a folder that is incomplete or of another format, for a missing, extra or mismatched tensor or
+        one that is not finite, and for other base models than those it was trained on; ModelNotFound when weights are
+        missing.
         """
         folder, device = Path(folder), device or default_device()
         facts = _read_facts(folder)
@@ -512,6 +517,9 @@ class AdemVL(nn.Module):
                     given[part] = _load_vision(name, revision, device)
                 elif name == str(folder / part):  # written along, without a tokenizer
                     given[part] = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+                    require_finite(
+                        dict(given[part].named_parameters()), name, "copy the whole folder again", AdemVLError
+                    )
                 else:
                     given[part], tokenizer = _load_llm(name, revision, source.get("quantisation", "none"), device)
             _require_same(source, given[part], part)
@@ -531,7 +539,7 @@ class AdemVL(nn.Module):
 
         Every tensor's name begins with "module.", as DDP saves them, or none does. Only tensors and
         `argparse.Namespace` are unpickled. Raises AdemVLError for any other content, and for a missing, extra or
-        mismatched tensor.
+        mismatched tensor, or one that is not finite.
         """
         path = Path(path)
         try:
@@ -591,7 +599,10 @@ def _load_vision(name: str, revision: str | None, device: torch.device) -> PreTr
     config = hf_config(AutoConfig.from_pretrained(folder), "vision_config")
     if config.model_type not in VISION_MODELS:
         raise AdemVLError(f"{name} is a {config.model_type!r}; the encoder must be one of {', '.join(VISION_MODELS)}")
-    return VISION_MODELS[config.model_type].from_pretrained(folder, dtype=compute_dtype(device)).eval().to(device)
+    model = VISION_MODELS[config.model_type].from_pretrained(folder, dtype=compute_dtype(device))
+    advice = "fetch these weights again, or name another vision model"
+    require_finite(dict(model.named_parameters()), f"{folder} (as {model.dtype})", advice, AdemVLError)
+    return model.eval().to(device)
 
 
 def _inner(model: PreTrainedModel) -> nn.Module:

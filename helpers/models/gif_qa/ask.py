@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from helpers.corpora.tasks import COUNTS, asks_for_count, round_count
+from helpers.corpora.tasks import COUNTS, asks_for_count, require_finite_scores, round_count
 from helpers.gifs.decode import Limits, decode, read_gif
 from helpers.models.gif_qa.bundle import load_bundle, load_encoder, read_bundle
 from helpers.models.gif_qa.model import GifQAModel
@@ -118,7 +118,8 @@ class GifQA:
         starts with "how many times"): the rounded expectation over the numbers 1 to 10. Else: free text, with the
         beams as alternatives. Relevance is by occlusion: the frame is masked out of the multi-frame transformer and of
         the prompt (what its message told other frames inside the encoder stays). Raises ValueError for an empty
-        question or less than two options, GifRejected for a file that is no usable GIF.
+        question, less than two options or scores that are not finite (ScoreError), GifRejected for a file that is no
+        usable GIF.
         """
         question, options = check_question(question, options)
         count = not options and (task == "count" or (task is None and asks_for_count(question)))
@@ -127,6 +128,7 @@ class GifQA:
 
     def _answer(self, gif: Any, question: str, candidates: list[str], count: bool) -> Answer:
         model = self.model
+        told = f"the question {question!r}"
         listed = candidates if candidates and not count and model.profile.evaluation.options_in_prompt else None
         prompt = model.encode_prompt(question, listed)
         frames, times = None, []
@@ -139,7 +141,7 @@ class GifQA:
             beams = max(5, model.profile.evaluation.num_beams)
             best = model.decode([prompt], video, model.profile.evaluation.num_beams, 1)[0]
             candidates = list(dict.fromkeys([*best, *model.decode([prompt], video, beams, beams)[0]]))
-        scores = self._log_probabilities(prompt, candidates, video, closed)[0]
+        scores = self._log_probabilities(prompt, candidates, video, closed, told)[0]
         probabilities = np.exp(scores)
         chosen = _choose(probabilities, count) if closed else 0
         others = [i for i in np.argsort(-scores, kind="stable") if i != chosen]
@@ -149,7 +151,10 @@ class GifQA:
             shown = video[0].expand(len(times), -1, -1)
             parts = list(zip(shown.split(HIDDEN_AT_ONCE), seen.split(HIDDEN_AT_ONCE), strict=True))
             asked = candidates if closed else [candidates[chosen]]
-            without = np.concatenate([self._log_probabilities(prompt, asked, part, closed) for part in parts])
+            parts_told = f"{told} with a frame hidden"
+            without = np.concatenate(
+                [self._log_probabilities(prompt, asked, part, closed, parts_told) for part in parts]
+            )
             relevance = (scores[chosen] - without[:, chosen if closed else 0]).tolist()
             if closed:
                 hidden = [candidates[_choose(row, count)] for row in np.exp(without)]
@@ -166,12 +171,16 @@ class GifQA:
         )
 
     def _log_probabilities(
-        self, prompt: list[int], candidates: list[str], video: tuple[Tensor, Tensor] | None, closed: bool
+        self, prompt: list[int], candidates: list[str], video: tuple[Tensor, Tensor] | None, closed: bool, told: str
     ) -> np.ndarray:
-        """Log-probabilities [B, K] of the candidates for each row of `video`; a closed set sums to 1."""
+        """Log-probabilities [B, K] of the candidates for each row of `video`; a closed set sums to 1.
+
+        Raises ScoreError, naming `told`, if one is not finite.
+        """
         tokens = [self.model.encode_answer(text) for text in candidates]
         rows = 1 if video is None else len(video[0])
         scores = np.stack([result[:, 0] for result in self.model.score_tokens([prompt] * rows, [tokens] * rows, video)])
+        require_finite_scores(scores, told)
         if closed:
             scores = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
         return scores

@@ -48,7 +48,8 @@ def load_bundle(
 
     language_model, video_model: id or folder to take the frozen models from, instead of what the bundle names. The
     video encoder itself is not part of the model; `video_model` is only checked. Raises BundleError when either is
-    another model than the bundle was trained on (naming both), or a tensor is missing, extra or of another shape.
+    another model than the bundle was trained on (naming both), or a tensor is missing, extra, of another shape or not
+    finite.
     """
     folder = Path(folder)
     facts = read_bundle(folder)

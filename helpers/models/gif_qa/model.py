@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from helpers.config import Profile
+from helpers.corpora.tasks import require_finite_scores
 from helpers.models.connectors import build_connector
 from helpers.models.language import (
     adapter_config,
@@ -32,7 +33,7 @@ from helpers.models.language import (
     language_model_identity,
     load_language_model,
 )
-from helpers.models.parts import IGNORED, BundleError, inference, on_cpu
+from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, require_finite
 from helpers.models.xclip import FrameEncoder, MaskedMIT, additive_mask, encoder_identity, load_xclip, portable_name
 from helpers.workspace.disk import whole
 from helpers.workspace.machine import device as default_device
@@ -390,6 +391,7 @@ class GifQAModel(nn.Module):
 
         Exact without scoring every word: a score only falls as tokens are added, so the log-probability of its first
         token bounds a word's score. Words are scored in order of that bound until no bound is above the best score.
+        Raises ScoreError, naming the prompt by its place, for scores that are not finite.
         """
         tokens = [self.encode_answer(word) for word in vocabulary]
         first = torch.tensor([word[0] for word in tokens], device=self.device)
@@ -401,6 +403,9 @@ class GifQAModel(nn.Module):
             bounds = head_logits(self.language_model, last).log_softmax(-1)[:, first]
             bounds, order = bounds.sort(dim=1, descending=True, stable=True)
             bounds, order = bounds.double().cpu().numpy(), order.cpu().numpy()
+            places = [f"prompt {i + 1} of {len(prompts)}" for i in range(len(prompts))]
+            for place, row in zip(places, bounds, strict=True):
+                require_finite_scores(row, place)
             best = [(-math.inf, 0)] * len(prompts)  # score and word of each prompt
             done = [0] * len(prompts)  # words scored of each prompt, in order of their bounds
             while True:
@@ -423,6 +428,7 @@ class GifQAModel(nn.Module):
                     None if video is None else tuple(tensor[which] for tensor in video),
                 )
                 for i, values in zip(which, scores, strict=True):
+                    require_finite_scores(values, places[i])
                     done[i] += len(batches[i])
                     k = int(values[:, 0].argmax())
                     best[i] = max(best[i], (float(values[k, 0]), batches[i][k]), key=lambda pair: pair[0])
@@ -434,7 +440,8 @@ class GifQAModel(nn.Module):
 
         adapter_model.safetensors and adapter_config.json (stock PEFT loads them), connector.safetensors (connector.*
         and mit.*; not for a blind model), bundle.json (base models, encoder key, profile, video, and `info`, for
-        example {"metrics": {...}}). Raises ValueError when `info` has a key that the bundle itself writes.
+        example {"metrics": {...}}). Raises ValueError when `info` has a key that the bundle itself writes, BundleError
+        when a tensor is not finite.
         """
         folder = Path(folder)
         profile = self.profile.model_dump(mode="json", exclude={"adem"})
@@ -443,9 +450,11 @@ class GifQAModel(nn.Module):
         facts = {"format": BUNDLE_FORMAT, "video": self.video, **copy.deepcopy(self.base), "profile": profile}
         if clash := facts.keys() & (info or {}).keys():
             raise ValueError(f"info holds {sorted(clash)}, which save_bundle writes itself")
+        adapter, video = adapter_tensors(self.language_model), self.video_tensors() if self.video else {}
+        require_finite(adapter | video, "the model", f"{folder} was not written; train with lower learning rates")
         with whole(folder) as staging:
             staging.mkdir()
-            save_file(adapter_tensors(self.language_model), staging / "adapter_model.safetensors")
+            save_file(adapter, staging / "adapter_model.safetensors")
             config = copy.deepcopy(self.language_model.peft_config["default"])
             config.base_model_name_or_path = self.base["language_model"]["model"]
             config.revision = self.base["language_model"]["revision"]
@@ -455,7 +464,7 @@ class GifQAModel(nn.Module):
                     setattr(config, name, sorted(getattr(config, name)))
             config.save_pretrained(staging)
             if self.video:
-                save_file(self.video_tensors(), staging / "connector.safetensors")
+                save_file(video, staging / "connector.safetensors")
             (staging / "bundle.json").write_text(json.dumps(facts | (info or {}), indent=2) + "\n", encoding="utf-8")
         return folder
 
