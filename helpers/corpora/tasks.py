@@ -75,7 +75,10 @@ def bare(text: str) -> str:
 
 
 def softmax(scores: np.ndarray, where: str = "a question") -> np.ndarray:
-    """Probabilities of log-probabilities [K], in float64. Raises ScoreError, naming `where`, for scores that are not finite."""
+    """Probabilities of log-probabilities [K], in float64.
+
+    Raises ScoreError, naming `where`, for scores that are not finite.
+    """
     require_finite_scores(scores, where)
     weights = np.exp(np.asarray(scores, dtype=np.float64) - np.max(scores))
     return weights / weights.sum()
