@@ -36,6 +36,7 @@ def test_end_token_is_the_last_one_for_xclips_pooling(tokenizer):
     assert load_xclip("tiny/xclip").config.text_config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.slow
 def test_language_model_reads_every_attribute_from_captions(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(TINY / "llama", dtype="float32")
     accuracy = make_tiny.gate_language_model(model, tokenizer, scenes=300)
@@ -52,6 +53,7 @@ def encoder_gate():
     return make_tiny.gate_encoder(load_xclip("tiny/xclip"), tokenizer, scenes, make_tiny.render(scenes, workers=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attribute",
     [

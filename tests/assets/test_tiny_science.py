@@ -33,6 +33,7 @@ def test_letters_and_values_are_single_tokens_and_any_text_can_be_spelt(tokenize
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
+@pytest.mark.slow
 def test_language_model_answers_from_a_written_description(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(TINY / "science_llama", dtype="float32")
     accuracy = make_tiny_science.gate_llama(model, tokenizer)
@@ -41,6 +42,7 @@ def test_language_model_answers_from_a_written_description(tokenizer):
     assert min(accuracy.values()) >= BAR, accuracy
 
 
+@pytest.mark.slow
 def test_encoder_tells_every_fact_where_adem_vl_reads():
     accuracy = make_tiny_science.gate_clip(CLIPVisionModel.from_pretrained(TINY / "science_clip", dtype="float32"))
     for where in ("cls", "patches"):
