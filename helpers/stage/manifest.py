@@ -43,7 +43,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StageError(f"{path} is not readable JSON ({error}); run the stage again with --force") from error
-    if not isinstance(manifest, dict) or manifest.get("status") not in ("complete", "partial"):
+    told = manifest.get("status", manifest.get("settings")) if isinstance(manifest, dict) else None
+    if told not in ("complete", "partial") and not isinstance(told, dict):
         raise StageError(f"{path} does not say how far the stage is; run the stage again with --force")
     return manifest
 

@@ -73,9 +73,12 @@ class LearningWatch(TrainerCallback):
         if any(not torch.equal(p.detach().cpu(), start) for p, start in self.start):
             return
         rows = self.recorder.rows
+        rates = [value for row in rows for name, value in row.items() if name.startswith("lr_")]
+        if not any(rate > 0 for rate in rates):  # a run so short that the warm-up's first rate, 0, was all of it
+            return
         skipped = sum(row.get("skipped") == 1 for row in rows)
         raise TrainingError(
             f"after {len(rows)} steps no parameter {self.what} has moved from its start ({skipped} steps were skipped "
-            "by the gradient scaler): nothing was learnt. Raise the learning rates or train for more steps (in the "
-            f"first one the rate is 0); delete {self.trainer.folder / 'checkpoints'} to train anew."
+            "by the gradient scaler): nothing was learnt. Raise the learning rates or train for more steps; "
+            f"delete {self.trainer.folder / 'checkpoints'} to train anew."
         )

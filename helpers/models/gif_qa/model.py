@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,6 @@ from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, requir
 from helpers.models.xclip import FrameEncoder, MaskedMIT, additive_mask, encoder_identity, load_xclip, portable_name
 from helpers.workspace.disk import whole
 from helpers.workspace.machine import device as default_device
-
-# peft asks transformers about checkpointing by a name that is on its way out; nobody here can mend that.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 BUNDLE_FORMAT = 1  # raise when an older bundle can no longer be read
 CANDIDATE_TOKENS = 512  # candidate tokens scored behind one prefix in one row; more get a row of their own
