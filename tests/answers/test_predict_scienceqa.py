@@ -37,7 +37,7 @@ def config(tmp_path_factory):
     The head's rows of these tokens are longer than the others and far apart: most written answers are letters, of
     several choices, and some of none.
     """
-    folder, language = tmp_path_factory.mktemp("tiny-clip"), tmp_path_factory.mktemp("tiny-llama")
+    folder, language = tmp_path_factory.mktemp("tiny-clip"), tmp_path_factory.mktemp("science-llama")
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     CLIPVisionModel(CLIPVisionConfig(**size, image_size=64, patch_size=8)).save_pretrained(folder)
