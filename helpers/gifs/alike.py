@@ -16,8 +16,8 @@ HASHED_FRAMES = 4
 NEAR_BITS = 24
 """Of the 256 bits of two hashes, how many may differ in near-duplicates.
 
-Measured at 64 pixels: copies of filmed GIFs in 32 colours, as JPEG, marked, smaller or trimmed differ by 2 to 12 bits in
-the median and by 32 at most; the closest of 180,000 pairs of the built-in world, where all GIFs look alike, by 38.
+Measured at 64 pixels: copies of filmed GIFs in 32 colours, as JPEG, marked, smaller or trimmed differ by 2 to 12 bits
+in the median and by 32 at most; the closest of 180,000 pairs of the built-in world, where all look alike, by 38.
 """
 _SIDE = 32  # pixels of the grey picture whose frequencies are taken
 _BITS = ((0, 6, 34), (1, 4, 15), (2, 4, 15))  # channel of YCrCb, frequencies a side, bits (the mean is none)
