@@ -29,6 +29,8 @@ PACING: dict[str, frozenset[str]] = {
     "evaluation": frozenset({"batch_tokens"}),
     "adem": frozenset({"preset", "checkpoint_minutes", "log_steps", "gradient_checkpointing", "evaluation_batch"}),
 }
+# By section, lists of which only the members decide: neither their order nor a repetition.
+MEMBERS: dict[str, frozenset[str]] = {"data": frozenset({"groups"}), "language_model": frozenset({"target_modules"})}
 # By section, the keys that earlier versions had: runs, checkpoints and bundles of then still name them.
 REMOVED: dict[str, frozenset[str]] = {}
 
@@ -320,7 +322,11 @@ def deciding(sections: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = values
         elif section in SECTIONS and isinstance(values, Mapping):
             kept = as_now(section, values).items()
-            found[name] = {own: value for own, value in kept if own not in PACING.get(section, ())}
+            found[name] = {
+                own: sorted(set(value)) if own in MEMBERS.get(section, ()) else value
+                for own, value in kept
+                if own not in PACING.get(section, ())
+            }
         elif not key:
             found[name] = values
     return found

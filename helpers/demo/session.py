@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -157,7 +158,8 @@ class Session:
         self.history: list[Asked] = []
         self._blind_folder, self._blind = blind, None if blind else qa
         self._profile = profile or qa.model.profile
-        self._name = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+        # machines that share a disk have equal process ids, and one process may open two pages in a second
+        self._name = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}-{uuid4().hex[:8]}"
 
     @classmethod
     def open(cls, run_folder: Path, profile: Profile, bundle: str = "") -> Session:

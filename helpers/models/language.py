@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from helpers.config import LanguageModelConfig
+from helpers.models.digests import language_model_digest
 from helpers.models.parts import require_finite
 from helpers.workspace.machine import compute_dtype
 from helpers.workspace.weights import find_model
@@ -121,8 +122,8 @@ def adapter_config(model: PreTrainedModel, config: LanguageModelConfig) -> PeftC
     )
 
 
-def language_model_identity(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
-    """What tells a base model from others, whatever folder or precision it was loaded from."""
+def language_model_identity(model: PreTrainedModel, tokenizer: Any, folder: str) -> dict[str, Any]:
+    """What tells a base model, loaded from `folder`, from others, whatever folder or precision it was loaded from."""
     config = model.config
     tokens = tokenizer("What does the small cat do 3 times?", add_special_tokens=False).input_ids
     return {
@@ -130,4 +131,5 @@ def language_model_identity(model: PreTrainedModel, tokenizer: Any) -> dict[str,
         f"vocabulary {config.vocab_size}",
         "tokens": [*tokens, tokenizer.bos_token_id, tokenizer.eos_token_id],
         "weights": model.get_input_embeddings().weight[tokens, :4].float().flatten().tolist(),
+        "digest": language_model_digest(folder, config.tie_word_embeddings),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,10 +77,20 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def same_base(ours: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     """Whether two identities are of one base model: all is equal, but for the precision of the weights' sample."""
-    if any(ours[key] != given[key] for key in ours if key != "weights"):
+    if any(ours[key] != given.get(key) for key in ours if key != "weights"):
         return False
     # bfloat16 keeps 8 bits: a model loaded in another precision is still the same model
     return np.allclose(ours["weights"], given["weights"], rtol=2**-8, atol=1e-6)
+
+
+def warn_without_digest(identities: Mapping[str, Mapping[str, Any]], where: Path | str) -> None:
+    """Warn once of a bundle that was made before layers were digested: its base models are compared by a sample."""
+    if old := [part.replace("_", " ") for part, identity in identities.items() if "digest" not in identity]:
+        warnings.warn(
+            f"{where} was made before bundles told every layer of their base models: of the {' and the '.join(old)} "
+            "only a small sample of weights is compared. Train it anew to have all compared.",
+            stacklevel=3,
+        )
 
 
 def require_same_base(ours: dict[str, Any], given: dict[str, Any], what: str, name: str, given_name: str) -> None:

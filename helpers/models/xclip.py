@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import XCLIPModel
 
+from helpers.models.digests import module_digest
 from helpers.models.parts import require_finite
 from helpers.workspace.weights import find_model
 
@@ -29,6 +30,7 @@ def encoder_identity(xclip: XCLIPModel) -> dict[str, Any]:
         "architecture": f"x_clip, {vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.num_frames} frames"
         f" of {vision.image_size} px in patches of {vision.patch_size}, projection {xclip.config.projection_dim}",
         "weights": xclip.visual_projection.weight.flatten()[:64].float().tolist(),
+        "digest": module_digest({name: getattr(xclip, name) for name in ("vision_model", "visual_projection", "mit")}),
     }
 
 

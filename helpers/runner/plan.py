@@ -323,6 +323,12 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
     for name in filter(None, (run, args.upstream)):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise ConfigError(f"run name {name!r}: use letters, digits, dot, dash and underscore")
+    near = [path.name for path in runs_root().glob("*") if path.name.casefold() == run.casefold() and path.is_dir()]
+    if near and run not in near:
+        raise ConfigError(
+            f"run name {run!r}: there is a run {near[0]!r}, and names that differ by letter case only share a place on "
+            f"Kaggle, macOS and Windows. Go on with it (--run {near[0]}), or take another name"
+        )
     if args.upstream and not (runs_root() / args.upstream).is_dir():
         raise ConfigError(f"--upstream {args.upstream}: there is no such run in {runs_root()}")
     return RunPlan(

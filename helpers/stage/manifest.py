@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +26,7 @@ from helpers.workspace.names import files_below
 from helpers.workspace.place import repo_root
 
 HASHED_BYTES = 256_000_000  # a path parameter larger than this is not read whole
+CONTENT = "content "  # before the hash that stands for a file or a folder
 END_BYTES = 1 << 16  # read at each end of a file in a larger folder
 
 
@@ -114,11 +114,26 @@ def _ends(file: Path) -> bytes:
         return start + content.read()
 
 
-def _parameter(value: Any) -> Any:
-    """Stand in the content's hash for a parameter that names a file or folder, so that moving it changes nothing."""
-    if isinstance(value, str) and "/" in value and "://" not in value and os.path.exists(value):
-        return f"content {fingerprint(Path(value))}"
+def _parameter(value: Any, names_path: bool) -> Any:
+    """Stand in the content's hash for a parameter that names a file or folder, so that moving it changes nothing.
+
+    names_path: whether the stage says so; else a slash in it must tell.
+    """
+    if isinstance(value, str) and value and (names_path or "/" in value) and "://" not in value:
+        path = Path(value).expanduser()
+        return _content(path) if path.exists() else value
     return value
+
+
+def _content(path: Path) -> str:
+    return f"{CONTENT}{fingerprint(path)}"
+
+
+def _model(name: Any) -> Any:
+    """Stand in the content's hash for a base model that is a folder; names of the hub and shipped ones stay."""
+    if isinstance(name, str) and (Path(name).expanduser() / "config.json").is_file():
+        return _content(Path(name).expanduser())
+    return name
 
 
 def stage_settings(
@@ -131,17 +146,28 @@ def stage_settings(
         if section != "shapes" or profile.data.corpus == "shapes":
             values = getattr(profile, section).model_dump(exclude=set(PACING.get(section, ())))
             sections[name] = values[key] if key else values
+    sections = deciding(sections)
+    for name in spec.models:
+        section, _, key = name.partition(".")
+        if section in sections:
+            sections[section][key] = _model(sections[section][key])
     inputs = {}
     for name in spec.inputs:
         manifest = read_manifest(find_stage(run_folder, name))
         if manifest is not None and manifest["status"] == "complete":
             inputs[name] = manifest["digest"]
-    return {
+    paths = {*spec.data, *spec.options, *spec.paths}
+    settings = {
         "contract": spec.contract,
-        "parameters": {name: _parameter(parameters[name]) for name in sorted(parameters)},
+        "parameters": {name: _parameter(parameters[name], name in paths) for name in sorted(parameters)},
         "profile": sections,
         "inputs": inputs,
     }
+    if spec.beside:
+        places = {name: Path(parameters.get(name) or "").expanduser() for name in spec.beside}
+        found = {name: place.resolve().parent / spec.beside[name] for name, place in places.items() if place.name}
+        settings["beside"] = {name: _content(path) for name, path in found.items() if path.exists()}
+    return settings
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -165,6 +191,11 @@ def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     """Name every setting that differs and decides the result; `old` may be of an earlier version of the suite."""
     ours, theirs = (deciding(settings.get("profile") or {}) for settings in (new, old))
     theirs |= {name: before_of(name) for name in ours.keys() - theirs.keys() if "." in name}
+    for section, values in ours.items():
+        if isinstance(values, Mapping) and isinstance(theirs.get(section), dict):
+            of_content = [key for key, value in values.items() if isinstance(value, str) and value.startswith(CONTENT)]
+            theirs[section] |= {key: _model(theirs[section].get(key)) for key in of_content}  # once, folders' names
+    new = {name: value for name, value in new.items() if name in old or name != "beside"}
     return differences({**old, "profile": theirs}, {**new, "profile": ours})
 
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from helpers.corpora.schema import Corpus, reject_table
+from helpers.gifs.alike import NEAR_BITS, nearest_hashes
 from helpers.stage.manifest import differences
 from helpers.stage.pace import DeadlineReached
 from helpers.store.frames import frames_key
@@ -56,8 +57,17 @@ FRAME_SCHEMA = pa.schema(
     ]
 )
 # One row a source, kept or not: `num_frames` is null for a rejected GIF and for a repetition of an earlier one.
-JOURNAL_SCHEMA = FRAME_SCHEMA.append(pa.field("reason", pa.string()))
-SOURCE_COLUMNS = ["gif", "gif_sha256", "reason"]
+# What a GIF shows is told by digests of the frames before they are compressed, kept with the sources.
+JOURNAL_SCHEMA = pa.schema(
+    [
+        *FRAME_SCHEMA,
+        ("reason", pa.string()),
+        ("frames_sha256", pa.string()),
+        ("perceptual_hash", pa.binary()),
+    ]
+)
+SOURCE_COLUMNS = ["gif", "gif_sha256", "reason", "frames_sha256", "perceptual_hash"]
+NEAR_COLUMNS = ["gif", "test_gif", "bits", "questions"]
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,16 @@ class Sharded:
     """What notebook 01 made.
 
     questions: the kept rows with `gif_sha256`. rejects: item, where, reason of every GIF and question left out.
-    sources: one row a GIF name: gif, gif_sha256, reason (None if kept). gifs: distinct GIFs stored.
+    sources: one row a GIF name: gif, gif_sha256, reason (None if kept), and digests of what it shows (None for a
+    repetition of a file's bytes). gifs: distinct GIFs stored. near_duplicates: training GIFs that were kept though they
+    look like a test GIF: gif, test_gif, how many of 256 bits differ, and its training questions.
     """
 
     questions: pd.DataFrame
     rejects: pd.DataFrame
     sources: pd.DataFrame
     gifs: int
+    near_duplicates: pd.DataFrame
 
 
 def shard_gifs(
@@ -85,7 +98,8 @@ def shard_gifs(
     once, under the first of their names. Sources that are URLs are fetched and their bytes dropped once decoded.
 
     Writes under `folder`: frames/shard-00000.lance ... (rows sorted by gif_sha256), frames/settings.json,
-    sources/shard-00000.parquet ... (what became of each name), questions.parquet and rejects.parquet.
+    sources/shard-00000.parquet ... (what became of each name), questions.parquet, rejects.parquet and
+    near_duplicates.parquet.
 
     Raises:
         StoreError: the folder holds shards of other settings or GIFs, or no question is left.
@@ -122,7 +136,10 @@ def shard_gifs(
     questions, rejects = _match_questions(corpus, sources)
     write_questions(questions, folder / "questions.parquet")
     write_parquet(rejects, folder / "rejects.parquet", pa.schema([(c, pa.string()) for c in rejects.columns]))
-    return Sharded(questions, rejects, sources, len(known))
+    near = _near_duplicates(questions, sources)
+    kinds = [pa.string(), pa.string(), pa.int64(), pa.int64()]
+    write_parquet(near, folder / "near_duplicates.parquet", pa.schema(list(zip(NEAR_COLUMNS, kinds, strict=True))))
+    return Sharded(questions, rejects, sources, len(known), near)
 
 
 def _frame_settings(data: "DataConfig", frames_per_group: int, min_frames: int) -> dict[str, Any]:
@@ -195,8 +212,8 @@ def _journal_path(folder: Path, k: int) -> Path:
 
 
 def _read_sources(folder: Path, k: int) -> pd.DataFrame:
-    table = pd.read_parquet(folder / "sources" / f"shard-{k:05d}.parquet").astype(object)
-    return table.where(table.notna(), None)
+    table = pd.read_parquet(folder / "sources" / f"shard-{k:05d}.parquet").reindex(columns=SOURCE_COLUMNS)
+    return table.astype(object).where(table.notna(), None)  # earlier shards lack the digests of what is shown
 
 
 def _journal_size(folder: Path, k: int) -> int:
@@ -217,7 +234,9 @@ def _fill_journal(
     path.parent.mkdir(parents=True, exist_ok=True)
     done: set[str] = set()
     stored = set(known)
-    if (journal := open_table(path)) is not None:
+    if (journal := open_table(path)) is not None and journal.schema.names != JOURNAL_SCHEMA.names:
+        shutil.rmtree(path)  # of an earlier version: its GIFs are decoded again
+    elif journal is not None:
         table = journal.to_table(columns=["gif", "gif_sha256"])
         done = set(table["gif"].to_pylist())
         stored.update(table["gif_sha256"].drop_null().to_pylist())
@@ -253,7 +272,7 @@ def _finish_shard(folder: Path, k: int) -> None:
     table = journal.to_table(columns=[*SOURCE_COLUMNS, "num_frames"])
     (folder / "sources").mkdir(exist_ok=True)
     fates = table.select(SOURCE_COLUMNS).to_pandas().sort_values("gif", ignore_index=True)
-    schema = pa.schema([(column, pa.string()) for column in SOURCE_COLUMNS])
+    schema = pa.schema([JOURNAL_SCHEMA.field(column) for column in SOURCE_COLUMNS])
     write_parquet(fates, folder / "sources" / f"shard-{k:05d}.parquet", schema)
     kept = np.flatnonzero(table["num_frames"].is_valid().to_numpy())
     order = kept[np.argsort(np.array(table["gif_sha256"].to_pylist(), dtype=object)[kept])]
@@ -275,10 +294,10 @@ def _match_questions(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFram
     ]
     kept = questions.assign(gif_sha256=[sha.get(gif) for gif in questions.gif])
     kept = kept[~kept.question_id.isin([question_id for question_id, _ in unusable])]
-    test_names = kept[kept.split == "test"].drop_duplicates("gif_sha256").set_index("gif_sha256").gif
-    leaked = (kept.split == "train") & kept.gif_sha256.isin(test_names.index)
+    leaks = _leaks(kept, sources)
+    leaked = (kept.split == "train") & kept.gif.isin(leaks)
     rejects += [
-        (gif, "train split", f"same bytes as the test GIF {test_names[sha[gif]]}: its {n} training questions left out")
+        (gif, "train split", f"{leaks[gif]}: its {n} training questions left out")
         for gif, n in kept[leaked].gif.value_counts().sort_index().items()
     ]
     kept = kept[~leaked].reset_index(drop=True)
@@ -287,3 +306,32 @@ def _match_questions(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFram
         reasons = "; ".join(f"{why} ({n} times)" for why, n in table.reason.value_counts().head(3).items())
         raise StoreError(f"No question of the corpus {corpus.name} has a usable GIF. Commonest reasons: {reasons}.")
     return kept, table
+
+
+def _leaks(questions: pd.DataFrame, sources: pd.DataFrame) -> dict[str, str]:
+    """By name, the GIFs of training questions that are a test GIF, by their bytes or by what they show, and why."""
+    shows = sources.dropna(subset="frames_sha256").set_index("gif_sha256").frames_sha256
+    digests = {"bytes": questions.gif_sha256, "frames": questions.gif_sha256.map(shows)}
+    names = questions.drop_duplicates("gif").gif
+    found: dict[str, str] = {}
+    for what, digest in digests.items():
+        test = questions.assign(digest=digest)[questions.split == "test"].dropna(subset="digest")
+        first = dict(zip(test.digest[::-1], test.gif[::-1], strict=True))
+        for gif, own in zip(names, digest[names.index], strict=True):
+            if own in first:
+                found.setdefault(gif, f"same {what} as the test GIF {first[own]}")
+    return found
+
+
+def _near_duplicates(questions: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
+    """The training GIFs that look like a test GIF, each with the one that it is nearest to."""
+    hashes = sources[sources.perceptual_hash.map(bool)].set_index("gif_sha256").perceptual_hash
+    hashed = questions[questions.gif_sha256.isin(hashes.index)]
+    train, test = (hashed[hashed.split == split].drop_duplicates("gif_sha256") for split in ("train", "test"))
+    if train.empty or test.empty:
+        return pd.DataFrame(columns=NEAR_COLUMNS)
+    nearest, bits = nearest_hashes(hashes[train.gif_sha256].tolist(), hashes[test.gif_sha256].tolist())
+    asked = questions[questions.split == "train"].gif_sha256.value_counts()
+    columns = [train.gif.to_numpy(), test.gif.to_numpy()[nearest], bits, asked[train.gif_sha256].to_numpy()]
+    table = pd.DataFrame(dict(zip(NEAR_COLUMNS, columns, strict=True)))
+    return table[table.bits <= NEAR_BITS].sort_values(["bits", "gif"], ignore_index=True)

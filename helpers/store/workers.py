@@ -12,6 +12,7 @@ from itertools import chain, repeat
 from multiprocessing import connection, get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
+from helpers.gifs.alike import frames_digest, perceptual_hash
 from helpers.gifs.decode import GifRejected, Limits, decode, encode_frames, read_gif
 from helpers.gifs.fetch import FetchError, fetch_all
 
@@ -78,6 +79,8 @@ def decode_source(gif: str, source: str | bytes, failure: str | None, settings: 
         "frame_times_ms": decoded.frame_times_ms,
         "frames": encode_frames(decoded.frames, settings["frame_format"], **quality),
         "views": decoded.views,
+        "frames_sha256": frames_digest(decoded.frames),
+        "perceptual_hash": perceptual_hash(decoded.frames, decoded.frame_times_ms, decoded.duration_ms),
     }
 
 

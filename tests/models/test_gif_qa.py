@@ -15,14 +15,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, XCLIPModel
 
 import helpers.models.gif_qa as gif_qa
+from helpers.corpora.schema import Corpus, question_row, question_table, reject_table
 from helpers.corpora.tasks import ScoreError
-from helpers.gifs.decode import GifRejected
+from helpers.gifs.decode import GifRejected, decode
 from helpers.models.gif_qa.ask import GifQA
 from helpers.models.gif_qa.bundle import load_bundle
 from helpers.models.gif_qa.model import GifQAModel
 from helpers.models.language import load_language_model
 from helpers.models.parts import BundleError
 from helpers.models.xclip import FrameEncoder
+from helpers.store.frames import FrameTable
+from helpers.store.shards import shard_gifs
 
 QUESTIONS = ["what color is the circle ?", "how many times does the square jump ?", "who ?"]
 ANSWERS = ["red", "10", "a small blue star"]
@@ -611,10 +614,25 @@ def test_options_are_answered_by_their_scores(qa):
     assert [p for _, p in answer.alternatives] == sorted((p for _, p in answer.alternatives), reverse=True)
 
 
+def test_frames_are_those_that_the_store_keeps(qa, tmp_path, monkeypatch):
+    """Also under WebP, which changes pixels: what is asked about is compressed as what was trained on."""
+    rough = {"frame_format": "webp", "frame_quality": 40, "image_size": 32, "groups": [1, 2, 3], "workers": 1}
+    data = qa.model.profile.data.model_copy(update=rough)
+    monkeypatch.setattr(qa.model, "profile", qa.model.profile.model_copy(update={"data": data}))
+    gif = make_gif(19)
+    (tmp_path / "a.gif").write_bytes(gif)
+    row = question_row(question_id="q", gif="a.gif", split="train", task="count", question="how many ?", answer="3")
+    corpus = Corpus("one", question_table([row]), {"a.gif": str(tmp_path / "a.gif")}, reject_table([]))
+    shard_gifs(corpus, tmp_path / "01", data)
+    table = FrameTable(tmp_path / "01" / "frames")
+    kept, times = table.frames(table.ids[0], qa.model.profile.evaluation.groups)
+    seen, starts = qa.sample(gif)
+    assert np.array_equal(seen, kept) and starts == times.tolist()
+    assert not np.array_equal(seen, decode(gif, image_size=32, groups=[3]).frames)
+
+
 def test_frame_embeddings_are_the_cached_ones(qa, tiny_xclip_dir):
     """What 02 caches: groups of 16, the last one padded and masked, in fp16."""
-    from helpers.gifs.decode import decode
-
     frames, _ = qa.encode(make_gif(19))
     decoded = torch.from_numpy(decode(make_gif(19), image_size=32, groups=[3]).frames)
     padded = torch.zeros(2, 16, 32, 32, 3, dtype=torch.uint8)

@@ -136,3 +136,10 @@ def test_the_default_of_a_parameter_is_its_type(text, default, value):
 def test_what_is_no_value_of_a_parameters_type_is_refused(text, default):
     with pytest.raises(ConfigError, match="parameter x: "):
         parse_parameter("x", text, default)
+
+
+def test_runs_whose_names_differ_by_letter_case_do_not_share_a_place(here, tmp_path):
+    (tmp_path / "runs" / "Night").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="there is a run 'Night'"):
+        plan_of("--only", "01", "--run", "night")
+    assert plan_of("--only", "01", "--run", "Night").run == "Night"

@@ -17,9 +17,17 @@ import torch
 from helpers import stage as stages
 from helpers.config import load_profile
 from helpers.stage import lock, notebook, pace
-from helpers.stage.manifest import StageConflict, check_conflict, differences, fingerprint, stage_settings
+from helpers.stage.manifest import (
+    StageConflict,
+    check_conflict,
+    differences,
+    fingerprint,
+    settings_differences,
+    settings_key,
+    stage_settings,
+)
 from helpers.stage.notebook import Stage
-from helpers.stage.suite import StageError
+from helpers.stage.suite import StageError, load_suite
 from helpers.workspace import write_json
 from helpers.workspace.faults import KnownBad
 from helpers.workspace.place import repo_root
@@ -415,3 +423,68 @@ def test_manifest_is_whole_whenever_the_writer_is_killed(world):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert len(json.loads(path.read_text())["rows"]) == 2000
+
+
+def real_settings(name, parameters=None, **overrides):
+    spec = load_suite(repo_root() / "notebooks" / "suite.yaml").spec(name)
+    return stage_settings(spec, load_profile("tiny", overrides), parameters or {}, repo_root() / "no_run")
+
+
+def test_equal_settings_written_differently_have_one_key():
+    pairs = [
+        ("01_data_sharding", "data.groups", [3, 1, 2, 3], [1, 2, 3]),
+        ("03_adapter_training", "language_model.target_modules", ["v_proj", "q_proj"], ["q_proj", "v_proj"]),
+        ("03_adapter_training", "training.epochs", 3, 3.0),
+    ]
+    for name, key, one, other in pairs:
+        written = [real_settings(name, **{key: value}) for value in (one, other)]
+        assert settings_key(written[0]) == settings_key(written[1])
+    ours = real_settings("03_adapter_training", **{"language_model.target_modules": ["q_proj", "v_proj"]})
+    old = json.loads(json.dumps(ours))
+    old["profile"]["language_model"]["target_modules"] = ["v_proj", "q_proj"]
+    assert settings_differences(old, ours) == []
+
+
+def test_base_models_in_a_folder_count_by_content(world):
+    for name in ("one", "moved"):
+        (world / name).mkdir()
+        (world / name / "config.json").write_text("{}")
+        (world / name / "model.safetensors").write_bytes(b"weights")
+
+    def settings(name):
+        return real_settings("02_feature_caching", **{"encoder.model": str(world / name)})
+
+    before = settings("one")
+    assert settings_key(before) == settings_key(settings("moved"))
+    old = json.loads(json.dumps(before))
+    old["profile"]["encoder"]["model"] = str(world / "one")  # as earlier versions wrote it
+    assert settings_differences(old, before) == []
+    (world / "one" / "model.safetensors").write_bytes(b"changed")
+    assert settings_key(before) != settings_key(settings("one"))
+    [told] = settings_differences(before, settings("one"))
+    assert told.startswith("profile.encoder.model: 'content ")
+
+
+def test_a_path_parameter_counts_by_content_however_it_is_written(world, monkeypatch):
+    (world / "gifs").mkdir()
+    (world / "gifs" / "a.gif").write_bytes(b"GIF89a")
+    (world / "link").symlink_to(world / "gifs")
+    monkeypatch.setenv("HOME", str(world))
+    monkeypatch.chdir(world)
+    written = ["gifs", "./gifs", "gifs/", "~/gifs", str(world / "gifs"), str(world / "link")]
+    settings = [real_settings("01_data_sharding", {"gifs": text, "qa": "", "holdout": 0.2}) for text in written]
+    assert len({settings_key(one) for one in settings}) == 1
+    assert settings[0]["parameters"]["gifs"].startswith("content ")
+
+
+def test_the_blind_twin_beside_a_given_bundle_decides_too(world):
+    for name in ("bundle", "blind"):
+        (world / name).mkdir()
+        (world / name / "bundle.json").write_text(name)
+    given = {"bundle": str(world / "bundle")}
+    before = real_settings("03_adapter_training", given)
+    old = {name: value for name, value in before.items() if name != "beside"}
+    assert settings_differences(old, before) == []
+    (world / "blind" / "bundle.json").write_text("another twin")
+    [told] = settings_differences(before, real_settings("03_adapter_training", given))
+    assert told.startswith("beside.bundle: ")

@@ -225,6 +225,60 @@ def test_training_questions_of_a_test_gifs_bytes_are_left_out(tmp_path, files):
     ]
 
 
+def test_training_questions_about_what_a_test_gif_shows_are_left_out(tmp_path, files):
+    other = gif_bytes(99, 5)
+    content = {"a.gif": files["a.gif"], "b.gif": files["b.gif"], "other.gif": other}
+    content |= {"t1.gif": files["a.gif"] + b"\n", "t2.gif": files["b.gif"] + b";;", "z.gif": other}
+    splits = {"t1.gif": "test", "t2.gif": "test", "z.gif": "test"}
+    corpus = make_corpus(tmp_path / "gifs", content, splits)
+    made = shard_gifs(corpus, tmp_path / "01", data_config())
+    assert made.rejects[["item", "reason"]].to_numpy().tolist() == [
+        ["a.gif", "same frames as the test GIF t1.gif: its 2 training questions left out"],
+        ["b.gif", "same frames as the test GIF t2.gif: its 2 training questions left out"],
+        ["other.gif", "same bytes as the test GIF z.gif: its 2 training questions left out"],
+    ]
+    assert set(made.questions.split) == {"test"} and made.near_duplicates.empty
+    # the same frames under two hashes are two GIFs of the store
+    assert made.gifs == len(FrameTable(tmp_path / "01" / "frames")) == 5
+
+
+def test_near_duplicates_of_test_gifs_are_listed_and_kept(tmp_path):
+    plain = gif_bytes(7, 6)
+    with Image.open(BytesIO(plain)) as image:
+        dots = []
+        for number in range(image.n_frames):
+            image.seek(number)
+            dots.append(image.convert("L"))
+            dots[-1].putpixel((20, 20), 0 if dots[-1].getpixel((20, 20)) > 128 else 255)
+    starts = BytesIO()
+    dots[0].save(starts, "GIF", save_all=True, append_images=dots[1:], duration=100)
+    content = {"a.gif": starts.getvalue(), "b.gif": gif_bytes(8, 6), "test.gif": plain}
+    corpus = make_corpus(tmp_path / "gifs", content, {"test.gif": "test"})
+    made = shard_gifs(corpus, tmp_path / "01", data_config())
+    assert made.rejects.empty and len(made.questions) == 6
+    [near] = made.near_duplicates.to_dict("records")
+    assert near["gif"] == "a.gif" and near["test_gif"] == "test.gif" and near["questions"] == 2
+    assert 0 < near["bits"] <= 24
+    read = pd.read_parquet(tmp_path / "01" / "near_duplicates.parquet")
+    assert read.to_dict("list") == made.near_duplicates.to_dict("list")
+
+
+def test_shards_of_an_earlier_version_are_matched_by_bytes(tmp_path, files):
+    content = {
+        "a.gif": files["a.gif"],
+        "b.gif": files["b.gif"],
+        "copy.gif": files["a.gif"],
+        "t.gif": files["b.gif"] + b" ",
+    }
+    corpus = make_corpus(tmp_path / "gifs", content, {"copy.gif": "test", "t.gif": "test"})
+    shard_gifs(corpus, tmp_path / "01", data_config())
+    path = tmp_path / "01" / "sources" / "shard-00000.parquet"
+    pd.read_parquet(path).drop(columns=["frames_sha256", "perceptual_hash"]).to_parquet(path)
+    made = shard_gifs(corpus, tmp_path / "01", data_config())
+    assert made.rejects.reason.tolist() == ["same bytes as the test GIF copy.gif: its 2 training questions left out"]
+    assert made.near_duplicates.empty
+
+
 class Stop(Exception):
     pass
 

@@ -31,8 +31,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, Lla
 
 from helpers.models.adem_vl.config import NO_CLS, PHI, VISION_MODELS, AdemVLConfig, AdemVLError, hf_config
 from helpers.models.adem_vl.layers import ClipAdapter, Projector, fuse, fuse_softly, pool_scales
+from helpers.models.digests import language_model_digest, language_tensors, layers_digest, module_digest
 from helpers.models.language import BaseLanguageModel, answer_loss, head_logits, load_language_model
-from helpers.models.parts import IGNORED, inference, on_cpu, require_finite, same_base, tensor_faults
+from helpers.models.parts import (
+    IGNORED,
+    inference,
+    on_cpu,
+    require_finite,
+    same_base,
+    tensor_faults,
+    warn_without_digest,
+)
 from helpers.models.xclip import portable_name
 from helpers.workspace.disk import whole
 from helpers.workspace.machine import compute_dtype
@@ -60,6 +69,7 @@ def parameter_comparison(model: AdemVL) -> pd.DataFrame:
 
 RELEASED = "checkpoint_7B_sqa.pth, of the release tagged `checkpoint` of github.com/Hao840/ADEM-VL"
 DDP_PREFIX = "module."  # of every name in a checkpoint that was saved from a DistributedDataParallel object
+DIGEST = "layers_digest"  # attribute of a base model: taken before quantisation and rounding
 FORMAT = 1  # raise when an older folder of save_pretrained can no longer be read
 
 
@@ -508,6 +518,7 @@ class AdemVL(nn.Module):
         facts = _read_facts(folder)
         given = {"language_model": language_model, "vision_model": vision_model}
         config, tokenizer = AdemVLConfig(**facts["config"]), None
+        warn_without_digest({part: source["identity"] for part, source in facts["base"].items()}, folder)
         for part, model in given.items():
             source = facts["base"][part]
             if not isinstance(model, PreTrainedModel):
@@ -588,7 +599,10 @@ def released_names(names: Sequence[str] | dict[str, Tensor]) -> dict[str, str]:
 def _load_llm(name: str, revision: str | None, quantisation: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
     if quantisation not in ("nf4", "none"):
         raise AdemVLError(f"quantisation is {quantisation!r}; it must be 'nf4' or 'none'")
-    return load_language_model(BaseLanguageModel(name, revision, quantisation), device, _find(name, revision))
+    folder = _find(name, revision)
+    model, tokenizer = load_language_model(BaseLanguageModel(name, revision, quantisation), device, folder)
+    setattr(model, DIGEST, language_model_digest(folder, model.config.tie_word_embeddings))
+    return model, tokenizer
 
 
 _find = partial(find_model, system="ADEM-VL")
@@ -599,7 +613,9 @@ def _load_vision(name: str, revision: str | None, device: torch.device) -> PreTr
     config = hf_config(AutoConfig.from_pretrained(folder), "vision_config")
     if config.model_type not in VISION_MODELS:
         raise AdemVLError(f"{name} is a {config.model_type!r}; the encoder must be one of {', '.join(VISION_MODELS)}")
-    model = VISION_MODELS[config.model_type].from_pretrained(folder, dtype=compute_dtype(device))
+    model = VISION_MODELS[config.model_type].from_pretrained(folder, dtype=torch.float32)
+    setattr(model, DIGEST, _digest(model, vision=True))
+    model = model.to(compute_dtype(device))
     advice = "fetch these weights again, or name another vision model"
     require_finite(dict(model.named_parameters()), f"{folder} (as {model.dtype})", advice, AdemVLError)
     return model.eval().to(device)
@@ -615,14 +631,30 @@ def _identity(model: PreTrainedModel, part: str) -> dict[str, Any]:
     config = model.config
     vision = part == "vision_model"
     table = _inner(model).embeddings.position_embedding.weight if vision else model.get_input_embeddings().weight
-    return {
+    identity = {
         "architecture": f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}",
         "weights": table[:8, :8].detach().float().flatten().tolist(),
     }
+    digest = getattr(model, DIGEST, None) or _digest(model, vision)
+    return identity | ({"digest": digest} if digest else {})
+
+
+def _digest(model: PreTrainedModel, vision: bool) -> str | None:
+    """Digest of a base model's layers; of a quantised one that of the folder it names, None if there is none."""
+    if vision:
+        return module_digest({"vision_model": _inner(model)})
+    if getattr(model, "quantization_method", None) is None:
+        return layers_digest(language_tensors(model.state_dict().items(), model.config.tie_word_embeddings))
+    folder = Path(model.name_or_path or "")
+    return (
+        language_model_digest(folder, model.config.tie_word_embeddings) if (folder / "config.json").is_file() else None
+    )
 
 
 def _require_same(source: dict[str, Any], model: PreTrainedModel, part: str) -> None:
     ours, theirs = source["identity"], _identity(model, part)
+    if "digest" not in theirs:  # a quantised model in memory of unknown origin
+        ours = {name: value for name, value in ours.items() if name != "digest"}
     if same_base(ours, theirs):
         return
     raise AdemVLError(

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from helpers.corpora.tasks import COUNTS, asks_for_count, require_finite_scores, round_count
-from helpers.gifs.decode import Limits, decode, read_gif
+from helpers.gifs.decode import Limits, decode, decode_frames, encode_frames, read_gif
 from helpers.models.gif_qa.bundle import load_bundle, load_encoder, read_bundle
 from helpers.models.gif_qa.model import GifQAModel
 from helpers.models.parts import inference
@@ -73,8 +73,8 @@ class GifQA:
     ) -> tuple[np.ndarray, list[float]]:
         """Frames of a GIF that the model sees, uint8 [N, S, S, 3], and when each starts, in ms.
 
-        image_size: S in pixels; by default what the encoder takes. Raises GifRejected for a file that is
-        no usable GIF.
+        image_size: S in pixels, for a picture of them; by default what the encoder takes, compressed as the frames were
+        that the model was trained on. Raises GifRejected for a file that is no usable GIF.
         """
         profile = self.model.profile
         names = ("max_canvas_pixels", "max_frames", "max_bytes", "decode_seconds")
@@ -87,7 +87,10 @@ class GifQA:
             limits=limits,
         )
         rows = decoded.views[-1]["rows"]
-        return np.ascontiguousarray(decoded.frames[rows]), [decoded.frame_times_ms[row] for row in rows]
+        frames = np.ascontiguousarray(decoded.frames[rows])
+        if image_size is None:
+            frames = decode_frames(encode_frames(frames, profile.data.frame_format, profile.data.frame_quality))
+        return frames, [decoded.frame_times_ms[row] for row in rows]
 
     def encode(self, gif: str | Path | bytes | Image.Image) -> tuple[Tensor, list[float]]:
         """Frame embeddings [N, D] (fp16, as cached) of a GIF's sampled frames, and when each starts, in ms.

@@ -13,7 +13,7 @@ from transformers import XCLIPConfig, XCLIPModel
 from helpers.config import profile_of
 from helpers.models.gif_qa.model import BUNDLE_FORMAT, GifQAModel, adapter_tensors
 from helpers.models.language import language_model_identity, load_language_model
-from helpers.models.parts import BundleError, load_strictly, require_same_base
+from helpers.models.parts import BundleError, load_strictly, require_same_base, warn_without_digest
 from helpers.models.xclip import FrameEncoder, MaskedMIT, attention_implementation, encoder_identity, load_xclip
 from helpers.workspace.machine import device as default_device
 from helpers.workspace.weights import find_model
@@ -59,7 +59,8 @@ def load_bundle(
     ours = base["language_model"]
     found = find_model(language_model or ours["model"], None if language_model else ours["revision"])
     model, tokenizer = load_language_model(profile.language_model, device, found)
-    given = language_model_identity(model, tokenizer)
+    given = language_model_identity(model, tokenizer, found)
+    warn_without_digest({part: told["identity"] for part, told in base.items()}, folder)
     require_same_base(ours["identity"], given, "language model", ours["model"], language_model or found)
     if video_model is not None and facts["video"]:
         load_encoder(facts, video_model)
@@ -85,4 +86,10 @@ def load_encoder(facts: dict[str, Any], video_model: str | None) -> FrameEncoder
     xclip = load_xclip(video_model or ours["model"], None if video_model else ours["revision"])
     given = encoder_identity(xclip)
     require_same_base(ours["identity"], given, "video encoder", ours["model"], video_model or ours["model"])
-    return FrameEncoder(xclip, ours["model"], ours["revision"])
+    encoder = FrameEncoder(xclip, ours["model"], ours["revision"])
+    if encoder.key != ours["key"]:
+        raise BundleError(
+            f"this bundle takes features of the video encoder {ours['key']}, but {video_model or ours['model']} gives "
+            f"those of {encoder.key}. Give the video encoder that it was trained on, or train a bundle for this one."
+        )
+    return encoder

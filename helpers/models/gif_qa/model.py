@@ -36,6 +36,7 @@ from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, requir
 from helpers.models.xclip import FrameEncoder, MaskedMIT, additive_mask, encoder_identity, load_xclip, portable_name
 from helpers.workspace.disk import whole
 from helpers.workspace.machine import device as default_device
+from helpers.workspace.weights import find_model
 
 BUNDLE_FORMAT = 1  # raise when an older bundle can no longer be read
 CANDIDATE_TOKENS = 512  # candidate tokens scored behind one prefix in one row; more get a row of their own
@@ -76,12 +77,13 @@ class GifQAModel(nn.Module):
         `video=False` makes the blind model. Raises ModelNotFound when weights are missing.
         """
         device = device or default_device()
-        language_model, tokenizer = load_language_model(profile.language_model, device)
+        folder = find_model(profile.language_model.model, profile.language_model.revision)
+        language_model, tokenizer = load_language_model(profile.language_model, device, folder)
         base = {
             "language_model": {
                 "model": portable_name(profile.language_model.model),
                 "revision": profile.language_model.revision,
-                "identity": language_model_identity(language_model, tokenizer),
+                "identity": language_model_identity(language_model, tokenizer, folder),
             }
         }
         xclip = load_xclip(profile.encoder.model, profile.encoder.revision) if video else None
