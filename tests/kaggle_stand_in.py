@@ -109,7 +109,7 @@ class StandIn:
         self.rename: dict[str, str] = {}  # by the notebook's ending: the name under which it is filed instead
         self.leaves_empty = False  # whether a refused first push leaves an empty notebook, which takes no version
         self.empty: set[str] = set()  # such notebooks; what is found out about them is what users reported
-        self.unknown_code = 500  # what is answered to who asks for their metadata
+        self.unknown_code = 500  # what is answered to who asks for their metadata; 200: a draft, made by hand
         self.deletes = True  # whether they can be deleted
         self.attaches_itself = (
             "yes"  # "invalid", "dropped", or the reason why a notebook that attaches itself is refused
@@ -403,7 +403,11 @@ class StandIn:
 
     def _get_kernel(self, request: Any) -> Any:
         if f"{request.user_name}/{request.kernel_slug}" in self.empty:
-            raise Refusal(self.unknown_code, "An internal error occurred")
+            if self.unknown_code != 200:
+                raise Refusal(self.unknown_code, "An internal error occurred")
+            answer = kernels.ApiGetKernelResponse()
+            answer.metadata = kernels.ApiKernelMetadata()
+            return answer
         run = self._kernel(request, "GetKernel")
         metadata = kernels.ApiKernelMetadata()
         metadata.ref, metadata.current_version_number = run.request.slug, run.number

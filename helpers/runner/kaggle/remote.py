@@ -53,7 +53,7 @@ FEW_FILES = 20  # these are fetched without a progress bar
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
 NO_HOURS = re.compile(r"\b(GPU|accelerator) quota\b", re.IGNORECASE)  # Maximum weekly GPU quota of 30.00 hours reached
 ITSELF = re.compile(r"\b(itself|circular|cyclic|self[- ]referenc)", re.IGNORECASE)  # why it may not attach its output
-FULL_POLLS = 20  # polls at most between two pushes into a house that was full
+FULL_POLLS = 2, 20  # polls between two pushes into a house that was full: at first, and at most
 NEW_SECONDS = 600.0  # after a push, in which Kaggle may not know of it yet
 NAMES = 3  # names at most that a push tries where empty notebooks keep them
 ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": "cancelled"}
@@ -66,7 +66,7 @@ class Remote:
         self.plan, self.state, self.site = plan, state, site
         self.told: set[str] = set()  # what was said about the week's GPU-hours
         self.noted: dict[str, float] = {}  # when each running session was last noted in the ledger
-        self.full: dict[bool, tuple[float, int]] = {}  # with a GPU and without: until when, after how many refusals
+        self.full: dict[bool, tuple[float, int]] = {}  # with a GPU and without: until when, and polls till then
         self.no_hours: tuple[float, str] = (0.0, "")  # until when Kaggle gives no GPU-hours, in its words
         if state.setdefault("owner", self.site.owner) != self.site.owner:
             raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
@@ -219,7 +219,7 @@ class Remote:
         ]
 
     def _under_way(self, entry: dict[str, Any]) -> bool:
-        """Whether the run of a stage has not ended; one that Kaggle does not know has, unless it was pushed just now."""
+        """Whether a stage's run has not ended; one that Kaggle does not know has, unless it was pushed just now."""
         found = self.site.status(_pushed(entry))
         return found[0] in UNDER_WAY if found else _is_new(entry)
 
@@ -323,7 +323,7 @@ class Remote:
         if FULL.search(refusal):
             if entry.get("message") != refusal:
                 print(f"{spec.name} waits: {refusal}", flush=True)
-            polls = min(FULL_POLLS, 2 * self.full.get(spec.gpu, (0.0, 1))[1])
+            polls = min(FULL_POLLS[1], max(FULL_POLLS[0], 2 * self.full.get(spec.gpu, (0.0, 0))[1]))
             self.full[spec.gpu] = (time.time() + polls * kaggle_site.POLL_SECONDS, polls)
             self.note(spec, status="waiting", message=refusal)
             return

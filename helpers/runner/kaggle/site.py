@@ -142,9 +142,11 @@ class Site:
 
     def __init__(self) -> None:
         self.api = self._call("signing in", _sign_in)
-        self.owner: str = self.api.config_values[self.api.CONFIG_NAME_USER]
+        with _as_known():
+            self.owner: str = self.api.config_values[self.api.CONFIG_NAME_USER]
+            self._description: str = self.api.DATASET_METADATA_FILE  # of the files of a data set
 
-    def _call(self, what: str, function: Callable[..., Any], *arguments: Any, absent: tuple[int, ...] = ()) -> Any:
+    def _call(self, what: str, function: Callable[[], Any], absent: tuple[int, ...] = ()) -> Any:
         """Call the client; returns None for an HTTP status in `absent`.
 
         Raises ConfigError where the answer is a refusal, Paused if there was no answer in several attempts.
@@ -158,7 +160,7 @@ class Site:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             try:
                 with _as_known():
-                    return function(*arguments)
+                    return function()
             except requests.HTTPError as error:
                 code = error.response.status_code if error.response is not None else 0
                 if code in absent:
@@ -226,8 +228,7 @@ class Site:
         Nothing is sent where the newest version holds just these files. Raises Failed if Kaggle refuses them, Paused if
         they are not ready in time.
         """
-        described = self.api.DATASET_METADATA_FILE
-        hashes = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != described}
+        hashes = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != self._description}
         content = CONTENT.format(hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16])
         (folder / content).touch()
         before = self.data_set_version(ref)
@@ -247,18 +248,21 @@ class Site:
 
     def _make(self, folder: Path, ref: str, new: bool) -> str:
         """Send a folder's files as a data set or its next version; returns Kaggle's reason if it was refused."""
-        if new:
-            answer = self._call(f"data set {ref}", lambda: self.api.dataset_create_new(str(folder), quiet=True))
-        else:
-            send = self.api.dataset_create_version
-            answer = self._call(f"data set {ref}", lambda: send(str(folder), "by run_all.sh", quiet=True))
+
+        def send() -> Any:
+            if new:
+                return self.api.dataset_create_new(str(folder), quiet=True)
+            return self.api.dataset_create_version(str(folder), "by run_all.sh", quiet=True)
+
+        answer = self._call(f"data set {ref}", send)
         if answer is None or (answer.status or "").lower() != "ok":
             return (answer and answer.error) or "no reason given"
         return answer.error or ""
 
     def _files(self, ref: str) -> set[str]:
         """Return the names of the newest version's files; a data set takes fifty."""
-        return {file.name for file in self._call(f"files of {ref}", self.api.dataset_list_files, ref, None, 200).files}
+        found = self._call(f"files of {ref}", lambda: self.api.dataset_list_files(ref, None, 200))
+        return {file.name for file in found.files}
 
     def _wait(self, ref: str, before: int, content: str) -> None:
         until = time.monotonic() + READY_SECONDS
@@ -272,7 +276,7 @@ class Site:
 
         It is a version after `before`, or, where Kaggle makes none of files that equal the last one's, that one.
         """
-        status = self._call(f"data set {ref}", self.api.dataset_status, ref, absent=(403, 404))
+        status = self._call(f"data set {ref}", lambda: self.api.dataset_status(ref), absent=(403, 404))
         if status in ("failed", "deleted"):
             raise Failed(f"data set {ref} is {status} on Kaggle")
         return status == "ready" and (self.data_set_version(ref) > before or content in self._files(ref))
