@@ -109,7 +109,7 @@ class StandIn:
         self.rename: dict[str, str] = {}  # by the notebook's ending: the name under which it is filed instead
         self.leaves_empty = False  # whether a refused first push leaves an empty notebook, which takes no version
         self.empty: set[str] = set()  # such notebooks; what is found out about them is what users reported
-        self.unknown_code = 500  # what is answered to who asks for their metadata; 200: a draft, made by hand
+        self.unknown_code = 500  # what is answered to who asks for their metadata: 500, 404; 200: a draft, made by hand
         self.deletes = True  # whether they can be deleted
         self.attaches_itself = (
             "yes"  # "invalid", "dropped", or the reason why a notebook that attaches itself is refused
@@ -338,6 +338,8 @@ class StandIn:
 
     def _save_kernel(self, request: Any) -> Any:
         answer, ref = kernels.ApiSaveKernelResponse(), request.slug
+        if ref in self.empty and self.unknown_code == 404:
+            raise Refusal(404, "Notebook not found")
         if ref in self.empty:
             answer.error = "Notebook not found"
             return answer

@@ -1,4 +1,4 @@
-"""Threads that wait: small forwards with OMP_WAIT_POLICY=ACTIVE, PASSIVE and unset, on quiet cores and beside a busy one.
+"""Small forwards whose threads wait actively, passively or by default, on quiet cores and beside a busy one.
 
 Run alone with `python -m tests.benchmarks.bench_waiting`. Every measurement is a process of its own on the same two
 cores, since OpenMP reads the variable once; the busy core is one of the two, kept at work by another process.

@@ -627,6 +627,21 @@ def test_a_notebook_that_ran_here_is_never_deleted(quick, capfd):
     assert "DeleteKernel" not in quick.requests
 
 
+def test_a_push_without_an_answer_is_no_empty_notebook_until_it_had_time_to_show_up(quick, account, capfd):
+    quick.refuse["01-data-sharding"] = ["Kaggle is under maintenance"]
+    assert push("--only", "01") == FAILED
+    path = account / "tiny" / "kaggle.json"
+    state = json.loads(path.read_text())
+    state["stages"]["01_data_sharding"] |= {"status": "pushing", "before": 0, "began": time.time()}
+    path.write_text(json.dumps(state))
+    quick.empty = {f"{OWNER}/gifqa-tiny-01-data-sharding"}
+    assert resume() == PAUSED and "was pushed just now and is not to be seen yet" in capfd.readouterr().out
+    assert "DeleteKernel" not in quick.requests
+    state["stages"]["01_data_sharding"]["began"] -= HOUR
+    path.write_text(json.dumps(state))
+    assert resume() == 0 and quick.requests.count("DeleteKernel") == 1
+
+
 def test_a_push_without_hours_is_not_sent_again_while_others_run(quick, capfd):
     quick.refuse["08-demo"] = [NO_HOURS] * 99
     quick.held.add("01-data-sharding")
