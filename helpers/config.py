@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -221,7 +221,7 @@ class AdemConfig(Section):
         if values["preset"] not in names:
             raise ValueError(f"unknown adem.preset {values['preset']!r}; {nearest(values['preset'], names)}")
         path = ADEM_PRESETS / f"{values['preset']}.yaml"
-        filled = check(yaml.safe_load(path.read_text(encoding="utf-8")) | values)
+        filled = check(as_declared(_read_yaml(path), AdemConfig) | values)
         filled.model_fields_set.intersection_update(values)
         return filled
 
@@ -351,17 +351,17 @@ ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,\[\]{}"'][^,\[\]{}"']*?
 
 
 def read_typed(text: str, kind: Any) -> Any:
-    """Read the command line's `text` as a value of a declared type, which alone decides: 010 is ten, 1:30 no number.
+    """Read `text`, as typed or from a file, as a value of a declared type alone: 010 is ten, 1:30 no number.
 
     kind: str, int, float, bool, dict, a Literal of texts, `list[...]` of one of them, or one of these `| None`.
-    Lists are written as [a, b] or in JSON, mappings in JSON; "", null and None are the missing value of what may be
-    missing. Raises ValueError that says what was expected.
+    Lists are written as [a, b] or in JSON, mappings in JSON; "", ~, null and None are the missing value of what may
+    be missing. Raises ValueError that says what was expected.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return read_typed(text, parts[0])
     if origin in (Union, UnionType):
-        missing = NoneType in parts and text.strip() in ("", "null", "None")
+        missing = NoneType in parts and text.strip() in ("", "~", "null", "None")
         return None if missing else read_typed(text, next(part for part in parts if part is not NoneType))
     if origin is list:
         return [_read_item(item, parts[0]) for item in _items(text)]
@@ -411,6 +411,55 @@ def _read_item(item: str, kind: Any) -> Any:
 
 def _is_text(kind: Any) -> bool:
     return _is_text(get_args(kind)[0]) if get_origin(kind) is Annotated else kind is str or get_origin(kind) is Literal
+
+
+class Plain(str):
+    """A value as it stands in a YAML file, without quotation marks; what it means is the schema's to say."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves values as they are written; YAML 1.1 would read 010 as eight, 1:30 as ninety and no as false."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        "<": yaml.SafeLoader.yaml_implicit_resolvers["<"]
+    }  # keeps merging: `<<: *name`
+
+
+_Loader.add_constructor(
+    "tag:yaml.org,2002:str", lambda _, node: Plain(node.value) if node.style is None else node.value
+)
+
+
+def _read_yaml(path: Path) -> Any:
+    return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+
+
+def as_declared(value: Any, kind: Any) -> Any:
+    """Return what was read from a YAML file with each plain value read as the type that the schema declares for it.
+
+    kind: a section of the profile, the profile, or the type of a key. What is no value of its type stays text, which
+    the schema refuses by name; so does what stands in quotation marks where no text is declared.
+    """
+    if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+        fields = kind.model_fields
+        return {key: as_declared(own, fields[key].annotation if key in fields else str) for key, own in value.items()}
+    if isinstance(value, list):
+        return [as_declared(item, _item_kind(kind)) for item in value]
+    if not isinstance(value, Plain):
+        return value
+    try:
+        return read_typed(str(value), kind)
+    except ValueError:
+        return str(value)
+
+
+def _item_kind(kind: Any) -> Any:
+    """Return the type of a list's items; that of texts where no list is declared."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is list:
+        return parts[0]
+    inner = [part for part in parts if part is not NoneType] if origin in (Annotated, Union, UnionType) else []
+    return _item_kind(inner[0]) if inner else str
 
 
 def with_defaults(profile: Profile, defaults: Mapping[str, Any]) -> Profile:
@@ -477,7 +526,7 @@ def load_profile(name_or_path: str = "", overrides: dict[str, Any] | None = None
         name_or_path = default_profile()
     path = _profile_path(name_or_path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = as_declared(_read_yaml(path), Profile)
     except UnicodeDecodeError as error:
         raise ConfigError(f"profile {path}: not a text in UTF-8: {error}") from error
     except yaml.YAMLError as error:

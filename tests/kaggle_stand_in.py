@@ -107,6 +107,15 @@ class StandIn:
         self.refuse: dict[str, list[str]] = {}  # by the notebook's ending: Kaggle's reasons, one a push
         self.drop: dict[str, int] = {}  # by the notebook's ending: pushes whose sources vanish silently
         self.rename: dict[str, str] = {}  # by the notebook's ending: the name under which it is filed instead
+        self.leaves_empty = False  # whether a refused first push leaves an empty notebook, which takes no version
+        self.empty: set[str] = set()  # such notebooks; what is found out about them is what users reported
+        self.unknown_code = 500  # what is answered to who asks for their metadata: 500, 404; 200: a draft, made by hand
+        self.deletes = True  # whether they can be deleted
+        self.attaches_itself = (
+            "yes"  # "invalid", "dropped", or the reason why a notebook that attaches itself is refused
+        )
+        self.late: dict[str, int] = {}  # by endpoint: requests about a notebook that are still answered 404
+        self.shape = str  # how the machine's shape is written in answers
         self.faults: dict[str, list[Fault]] = {}  # by the notebook's ending, one a run
         self.session_environment: dict[str, list[dict[str, str]]] = {}  # variables of the next runs
         self.not_ready = 0  # requests answered 403 after a data set was made
@@ -208,6 +217,7 @@ class StandIn:
         endpoints: dict[str, tuple[type, Callable[[Any], Any]]] = {
             "IntrospectToken": (IntrospectTokenRequest, self._introspect),
             "SaveKernel": (kernels.ApiSaveKernelRequest, self._save_kernel),
+            "DeleteKernel": (kernels.ApiDeleteKernelRequest, self._delete_kernel),
             "GetKernel": (kernels.ApiGetKernelRequest, self._get_kernel),
             "GetKernelSessionStatus": (kernels.ApiGetKernelSessionStatusRequest, self._session_status),
             "ListKernelSessionOutput": (kernels.ApiListKernelSessionOutputRequest, self._session_output),
@@ -243,9 +253,10 @@ class StandIn:
         return dict(self.blobs[file.token] for file in files)
 
     def _made(self, ref: str, files: list[Any]) -> Any:
-        data_set = self.data_sets.setdefault(ref, DataSet())
-        data_set.versions.append(self._files(files))
-        data_set.hidden = self.not_ready
+        data_set, content = self.data_sets.setdefault(ref, DataSet()), self._files(files)
+        if data_set.versions[-1:] != [content]:  # what equals the last version is none
+            data_set.versions.append(content)
+            data_set.hidden = self.not_ready
         answer = data_sets.ApiCreateDatasetResponse()
         answer.ref, answer.status, answer.url = ref, "ok", f"https://www.kaggle.com/datasets/{ref}"
         return answer
@@ -307,27 +318,48 @@ class StandIn:
 
     # -- notebooks
 
-    def _kernel(self, request: Any) -> list[Run]:
-        ref = f"{request.user_name}/{request.kernel_slug}"
-        if not self.runs.get(ref):
+    def _kernel(self, request: Any, endpoint: str) -> Run:
+        """The run that is asked for: the newest, or that of a label such as v2."""
+        ref, label = f"{request.user_name}/{request.kernel_slug}", request.version_label
+        if self.late.get(endpoint):
+            self.late[endpoint] -= 1
             raise Refusal(404, "Not found")
-        return self.runs[ref]
+        runs = [run for run in self.runs.get(ref, []) if label in ("", f"v{run.number}")]
+        if not runs:
+            raise Refusal(404, "Not found")
+        return runs[-1]
+
+    def _delete_kernel(self, request: Any) -> Any:
+        ref = f"{request.user_name}/{request.kernel_slug}"
+        if ref not in self.empty or not self.deletes:
+            raise Refusal(404, "Not found")
+        self.empty.remove(ref)
+        return kernels.ApiDeleteKernelResponse()
 
     def _save_kernel(self, request: Any) -> Any:
         answer, ref = kernels.ApiSaveKernelResponse(), request.slug
+        if ref in self.empty and self.unknown_code == 404:
+            raise Refusal(404, "Notebook not found")
+        if ref in self.empty:
+            answer.error = "Notebook not found"
+            return answer
         stage = next((key for key in self.refuse if ref.endswith(key) and self.refuse[key]), None)
         if stage:
-            answer.error = self.refuse[stage].pop(0)
-            return answer
+            return self._refused(ref, self.refuse[stage].pop(0))
         busy = [runs[-1] for runs in self.runs.values() if runs[-1].status in UNDER_WAY]
         if request.enable_gpu and sum(run.request.enable_gpu for run in busy) >= self.cap:
-            answer.error = f"Maximum batch GPU session count of {self.cap} reached."
-            return answer
+            return self._refused(ref, f"Maximum batch GPU session count of {self.cap} reached.")
         sources = {"data": list(request.dataset_data_sources), "kernel": list(request.kernel_data_sources)}
         answer.invalid_dataset_sources = [name for name in sources["data"] if name not in self.data_sets]
         answer.invalid_kernel_sources = [name for name in sources["kernel"] if self._complete(name) is None]
+        if ref in sources["kernel"] and self.attaches_itself not in ("yes", "dropped"):
+            if self.attaches_itself != "invalid":
+                return self._refused(ref, self.attaches_itself)
+            answer.invalid_kernel_sources = [*answer.invalid_kernel_sources, ref]
         invalid = {*answer.invalid_dataset_sources, *answer.invalid_kernel_sources}
         sources = {kind: [name for name in names if name not in invalid] for kind, names in sources.items()}
+        if self.attaches_itself == "dropped":
+            sources["kernel"] = [name for name in sources["kernel"] if name != ref]
         stage = next((key for key in self.drop if ref.endswith(key) and self.drop[key]), None)
         if stage:
             self.drop[stage] -= 1
@@ -344,6 +376,13 @@ class StandIn:
         thread = threading.Thread(target=self._execute, args=(ref, run), daemon=True)
         self.threads.append(thread)
         thread.start()
+        return answer
+
+    def _refused(self, ref: str, reason: str) -> Any:
+        answer = kernels.ApiSaveKernelResponse()
+        answer.error = reason
+        if self.leaves_empty and ref not in self.runs:
+            self.empty.add(ref)
         return answer
 
     def _complete(self, ref: str) -> Run | None:
@@ -365,11 +404,17 @@ class StandIn:
         run.inputs_before = run.inputs()
 
     def _get_kernel(self, request: Any) -> Any:
-        run = self._kernel(request)[-1]
+        if f"{request.user_name}/{request.kernel_slug}" in self.empty:
+            if self.unknown_code != 200:
+                raise Refusal(self.unknown_code, "An internal error occurred")
+            answer = kernels.ApiGetKernelResponse()
+            answer.metadata = kernels.ApiKernelMetadata()
+            return answer
+        run = self._kernel(request, "GetKernel")
         metadata = kernels.ApiKernelMetadata()
         metadata.ref, metadata.current_version_number = run.request.slug, run.number
         metadata.enable_gpu, metadata.enable_internet = run.request.enable_gpu, run.request.enable_internet
-        metadata.machine_shape = run.request.machine_shape
+        metadata.machine_shape = self.shape(run.request.machine_shape)
         metadata.dataset_data_sources = run.sources["data"]
         metadata.kernel_data_sources = run.sources["kernel"]
         metadata.model_data_sources = list(run.request.model_data_sources)
@@ -378,12 +423,14 @@ class StandIn:
         return answer
 
     def _session_status(self, request: Any) -> Any:
-        run, answer = self._kernel(request)[-1], kernels.ApiGetKernelSessionStatusResponse()
+        run = self._kernel(request, "GetKernelSessionStatus")
+        answer = kernels.ApiGetKernelSessionStatusResponse()
         answer.status, answer.failure_message = run.status, run.message
         return answer
 
     def _session_output(self, request: Any) -> Any:
-        run, answer = self._kernel(request)[-1], kernels.ApiListKernelSessionOutputResponse()
+        run = self._kernel(request, "ListKernelSessionOutput")
+        answer = kernels.ApiListKernelSessionOutputResponse()
         names = sorted(path.relative_to(run.working).as_posix() for path in run.working.rglob("*") if path.is_file())
         start, files = int(request.page_token or 0), []
         for name in names[start : start + PAGE]:

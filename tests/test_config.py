@@ -1,6 +1,7 @@
 """Profiles: strict keys and types, YAML's number trap, nearest valid names."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -182,6 +183,67 @@ def test_the_declared_type_alone_reads_the_command_line(key, text, value):
         return
     found = parse_override(key, text)
     assert found == value and type(found) is type(value)
+
+
+def profile_with(path: Path, key: str, text: str) -> str:
+    """Write the tiny profile with `text` as the value of `key`; returns the file's path."""
+    section, name = key.split(".")
+    head, start, rest = (PROFILES / "tiny.yaml").read_text().partition(f"\n{section}:\n")
+    assert start
+    line = re.compile(rf"^  {name}: .*$", re.MULTILINE)
+    text = f"  {name}: {text}"
+    rest = line.sub(lambda _: text, rest, count=1) if line.search(rest) else f"{text}\n{rest}"
+    path.write_text(head + start + rest)
+    return str(path)
+
+
+# Brackets and braces are YAML's own; groups of ten no profile can cache.
+OF_THE_COMMAND_LINE = {"[1", "[1,,2]", "[{question}]", "[010, 2]"}
+# Written in a file only. Quotation marks make a text; `<<` takes over another mapping.
+IN_A_FILE = [
+    ("adem.scales", "[010, 64]", [10, 64]),
+    ("adem.scales", "\n  - 010\n  - 64", [10, 64]),
+    ("adem.scales", "[1:30]", REFUSED),
+    ("adem.scales", "~", None),
+    ("encoder.revision", "~", None),
+    ("encoder.revision", "", None),
+    ("encoder.revision", '"null"', "null"),
+    ("encoder.revision", "2026-11-25", "2026-11-25"),
+    ("encoder.revision", "no", "no"),
+    ("encoder.revision", "0o17", "0o17"),
+    ("language_model.model", "1.10", "1.10"),
+    ("language_model.target_modules", "\n  - on\n  - 1_0\n  - '010'", ["on", "1_0", "010"]),
+    ("adem.use_cls", "off", REFUSED),
+    ("adem.use_cls", '"true"', REFUSED),
+    ("training.seed", '"7"', REFUSED),
+    ("training.seed", "[7]", REFUSED),
+    ("training.seed", "{a: 7}", REFUSED),
+    ("data.groups", "1", REFUSED),
+    ("shapes.seed", "010  # ten", 10),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"), [case for case in READINGS if case[1] not in OF_THE_COMMAND_LINE] + IN_A_FILE
+)
+def test_a_value_in_a_file_means_what_it_means_on_the_command_line(tmp_path, key, text, value):
+    file = profile_with(tmp_path / "mine.yaml", key, text)
+    section, name = key.split(".")
+    if value is REFUSED:
+        with pytest.raises(ConfigError, match=re.escape(key)):
+            load_profile(file)
+        return
+    found = getattr(getattr(load_profile(file), section), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_mapping_may_take_over_another(tmp_path):
+    lines = (PROFILES / "tiny.yaml").read_text().splitlines()
+    rest = [line for line in lines if not line.startswith("  gpus:")]
+    rest.insert(rest.index("encoder:") + 1, "  <<: {gpus: 02}")
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join(rest))
+    assert load_profile(str(path)).encoder.gpus == 2
 
 
 @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])

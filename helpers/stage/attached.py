@@ -5,6 +5,7 @@ found by their marker files and never by the name of a notebook or data set.
 """
 
 import json
+import os
 import shutil
 import tarfile
 from fnmatch import fnmatch
@@ -16,6 +17,7 @@ from helpers.workspace.inputs import attached_paths
 
 MOUNT_DEPTH = 3  # folders at most between the inputs' folder and what one source carries: notebooks/owner/slug
 HANDOVER = "handover.json"  # marks a data set that carries the unfinished work of a run which died
+TAKES_OVER = "SUITE_TAKES_OVER"  # set where a session was pushed to go on with earlier work, and not to begin anew
 NOT_WORK = ("started.json", ".lock")  # what every stage's folder holds from its first second on
 
 
@@ -47,7 +49,8 @@ def take_over(run: str, name: str, folder: Path) -> bool:
     """Copy this stage's own work of an earlier session into its empty `folder`; returns whether there was any.
 
     Found as this notebook's own attached output, which a session that ended in time leaves, or as an attached data set
-    made of the files of a session that died. Raises AttachedError if there are several, or if an archive is damaged.
+    made of the files of a session that died. Raises AttachedError if there are several, if an archive is damaged, or if
+    there is none and this session was started to go on with it.
     """
     if (folder / "started.json").is_file():
         return False
@@ -55,6 +58,8 @@ def take_over(run: str, name: str, folder: Path) -> bool:
     handed = [path for path in _find(HANDOVER) if _read_handover(path)["stage"] == [run, name]]
     source = _only(own + handed, f"earlier work of {name} of run {run!r}")
     if source is None:
+        if TAKES_OVER in os.environ:
+            raise AttachedError(f"The earlier work of {name} of run {run!r} is not attached; it is not begun anew")
         return False
     if source in own:
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", LEFTOVERS))

@@ -9,12 +9,16 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import requires, version
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from kagglesdk.kaggle_http_client import KaggleHttpClient
+from kagglesdk.kernels.services.kernels_api_service import KernelsApiClient
+from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
 from kagglesdk.kernels.types.kernels_enums import KernelWorkerStatus
 from packaging.requirements import Requirement
 from slugify import slugify
@@ -65,7 +69,7 @@ def quick(site, account, empty_wheels, monkeypatch, tmp_path):
     monkeypatch.setenv("RUNS_ROOT", str(account))
 
     def play(run):
-        name = run.request.slug.partition("gifqa-tiny-")[2].replace("-", "_")
+        name = next(name for name in site.made if name.replace("_", "-") in run.request.slug)
         shutil.copytree(site.made[name], run.working / "runs" / "tiny" / name)
         return KernelWorkerStatus.COMPLETE
 
@@ -423,6 +427,265 @@ def test_a_push_whose_program_died_is_found_again(quick, account, monkeypatch):
         monkeypatch.setenv(name, value)
     quick.held.clear()
     assert resume() == 0 and len(versions(quick, "01_data_sharding")) == 1
+
+
+def test_another_run_of_the_notebook_is_not_taken_for_the_one_that_was_pushed(quick, account, capfd):
+    quick.held.add("01-data-sharding")
+    assert push("--only", "01", minutes=0.001) == PAUSED
+    (mine,) = runs = quick.runs[f"{OWNER}/gifqa-tiny-01-data-sharding"]
+    by_hand = replace(mine, number=2, folder=mine.folder.with_name("by-hand"), log=json.dumps([{"data": "by hand"}]))
+    by_hand.working.mkdir(parents=True)
+    by_hand.status = KernelWorkerStatus.ERROR
+    runs.append(by_hand)
+    assert main(["kaggle", "status", "--run", "tiny"]) == PAUSED and "QUEUED" in capfd.readouterr().out
+    quick.held.clear()
+    assert resume() == 0 and (account / "tiny" / "01_data_sharding" / "made.txt").read_text() == "made"
+    mine.log = json.dumps([{"data": "as pushed"}])
+    capfd.readouterr()
+    assert main(["kaggle", "logs", "--run", "tiny", "01"]) == 0 and capfd.readouterr().out == "as pushed\n"
+    shutil.rmtree(account / "tiny" / "01_data_sharding")
+    assert main(["kaggle", "pull", "--run", "tiny", "01"]) == 0
+    assert stages.check_outputs(account / "tiny" / "01_data_sharding")["metrics"] == {"gifs": 3}
+
+
+def test_a_run_that_kaggle_does_not_know_yet_is_waited_for(quick, monkeypatch, capfd):
+    quick.late = {"GetKernel": 4, "GetKernelSessionStatus": 3}
+    assert push("--only", "01") == 0 and not any(quick.late.values())
+    assert versions(quick, "01_data_sharding") == ["COMPLETE"]
+    quick.late = {"GetKernelSessionStatus": 1000}
+    monkeypatch.setattr(kaggle_remote, "NEW_SECONDS", 0.5)
+    quick.held.add("08-demo")
+    assert push("--run", "other", "--only", "08") == REFUSED  # but not for ever
+    assert "gifqa-other-08-demo: Kaggle knows no such thing of yours (404)" in capfd.readouterr().err
+
+
+def test_status_tells_a_run_that_kaggle_does_not_know_yet(quick, capfd):
+    quick.held.add("01-data-sharding")
+    assert push("--only", "01", minutes=0.001) == PAUSED
+    quick.late = {"GetKernelSessionStatus": 1}
+    capfd.readouterr()
+    assert main(["kaggle", "status", "--run", "tiny"]) == PAUSED and "not there yet" in capfd.readouterr().out
+
+
+def test_hours_of_a_session_that_kaggle_does_not_know_yet_are_not_given_away(quick, account):
+    quick.held.add("08-demo")
+    assert push("--only", "08", minutes=0.001) == PAUSED
+    plan, state = commands._plan(["--profile", "tiny", "--run", "other", "--only", "05"])
+    remote = kaggle_remote.Remote(plan, state, kaggle_site.Site())
+    quick.late = {"GetKernelSessionStatus": 1}
+    assert [found["kernel"] for found in remote._at_work()] == [f"{OWNER}/gifqa-tiny-08-demo"]
+
+
+def test_a_machine_in_another_spelling_is_the_same(quick):
+    quick.shape = str.upper
+    assert push("--only", "08") == 0 and versions(quick, "08_demo") == ["COMPLETE"]
+
+
+@pytest.mark.parametrize("answer", ["invalid", "dropped", "A notebook cannot use itself as a source"])
+def test_work_goes_as_a_data_set_where_no_notebook_may_attach_itself(quick, account, capfd, answer):
+    true, work, ref = quick.play, f"{OWNER}/gifqa-tiny-01-work", f"{OWNER}/gifqa-tiny-01-data-sharding"
+
+    def play(run):
+        takes_over = 'os.environ["SUITE_TAKES_OVER"] = "1"' in run.request.text.replace('\\"', '"')
+        assert takes_over == (run.number > 1)
+        change_manifest(quick.made["01_data_sharding"], status="partial" if run.number == 1 else "complete")
+        return true(run) if run.number == 1 or work in run.sources["data"] else KernelWorkerStatus.ERROR
+
+    quick.play, quick.attaches_itself = play, answer
+    assert push("--only", "01") == 0
+    assert "no notebook is attached to itself" in capfd.readouterr().out
+    stray = [] if answer.startswith("A") else ["ERROR"]  # it was started without its work, and ended by itself
+    assert versions(quick, "01_data_sharding") == ["COMPLETE", *stray, "COMPLETE"]
+    (handed,) = quick.data_sets[work].versions
+    with tarfile.open(fileobj=io.BytesIO(handed["work.bin"])) as archive:  # that of the first run
+        assert json.load(archive.extractfile("stage.json"))["status"] == "partial"
+    assert quick.runs[ref][-1].sources == {"data": [f"{OWNER}/{HELPERS}", work], "kernel": []}
+
+
+def test_a_data_set_that_equals_its_last_version_is_no_failure(quick, account):
+    quick.not_ready = 2
+    quick.lose_answers = ["CreateDataset"]  # is made, and made again as a version
+    quick.refuse["01-data-sharding"] = ["Kaggle is under maintenance"]
+    assert push("--only", "01") == FAILED
+    path = account / "tiny" / "kaggle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"helpers": ""}))  # the program died before it noted it
+    quick.requests.clear()
+    assert resume() == 0
+    assert (
+        len(quick.data_sets[f"{OWNER}/{HELPERS}"].versions) == 1 and "StartBlobUpload" not in quick.requests
+    )  # what is there is not sent
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (KaggleHttpClient, "_init_session"),
+        (ApiGetKernelSessionStatusRequest, "version_label"),
+        (KernelsApiClient, "get_kernel"),
+        ("KaggleApi", "dataset_status"),
+    ],
+)
+def test_a_client_whose_names_have_moved_is_told(quick, monkeypatch, capfd, owner, name):
+    if owner == "KaggleApi":
+        from kaggle.api.kaggle_api_extended import KaggleApi as owner  # signs in while it is imported
+    monkeypatch.delattr(owner, name)
+    assert push("--only", "01") == REFUSED
+    error = capfd.readouterr().err
+    assert f"kaggle {version('kaggle')}, kagglesdk {version('kagglesdk')}" in error
+    assert name in error and "requirements.lock" in error
+
+
+# ---------------------------------------------------------------------------------- what refused pushes leave behind
+
+FULL_HOUSE, NO_HOURS = (
+    "Maximum batch GPU session count of 2 reached.",
+    "Maximum weekly GPU quota of 30.00 hours reached.",
+)
+
+
+@pytest.mark.parametrize("reason", [FULL_HOUSE, NO_HOURS])
+def test_an_empty_notebook_is_deleted_and_the_stage_pushed_again(quick, account, capfd, reason):
+    quick.leaves_empty = True
+    quick.refuse["08-demo"] = [reason, reason]
+    for _ in range(2):  # the notebook that is deleted comes back with the next refusal
+        assert push("--only", "08", minutes=0.001) == PAUSED
+        assert quick.empty == {f"{OWNER}/gifqa-tiny-08-demo"} and not quick.runs
+    assert resume() == 0 and not quick.empty
+    assert "gifqa-tiny-08-demo, which a refused push had left empty, is deleted" in capfd.readouterr().out
+    assert versions(quick, "08_demo") == ["COMPLETE"] and quick.requests.count("DeleteKernel") == 2
+
+
+@pytest.mark.parametrize(("code", "asked"), [(500, 1), (404, 1), (200, 0)])
+def test_where_an_empty_notebook_stays_the_next_name_is_taken_for_good(quick, account, capfd, code, asked):
+    """Metadata of it are broken, absent, or those of a draft that was made by hand, which is never deleted."""
+    quick.unknown_code, quick.deletes = code, code == 200
+    old, new = f"{OWNER}/gifqa-tiny-01-data-sharding", f"{OWNER}/gifqa-tiny-01-data-sharding-2"
+    quick.empty = {old}
+    quick.made["02_feature_caching"] = None
+    true = quick.play
+
+    def play(run):
+        if "02-feature" in run.request.slug:
+            return KernelWorkerStatus.ERROR
+        change_manifest(quick.made["01_data_sharding"], status="partial" if run.number == 1 else "complete")
+        return true(run)
+
+    quick.play = play
+    assert push("--only", "01", "--only", "02") == FAILED  # in 02
+    out = capfd.readouterr().out
+    assert f"{old} is empty" in out and f"goes on as {new}" in out and f"https://www.kaggle.com/code/{old}" in out
+    assert quick.requests.count("DeleteKernel") == asked and quick.empty == {old}
+    assert entry(account, "01_data_sharding")["kernel"] == new
+    _, second = quick.runs[new]
+    assert second.sources["kernel"] == [new]  # its own earlier work
+    (reader,) = quick.runs[f"{OWNER}/gifqa-tiny-02-feature-caching"]
+    assert reader.sources["kernel"] == [new]
+    assert second.request.new_title == "gifqa tiny 01 data sharding 2" and slugify(second.request.new_title) in new
+    assert resume() == FAILED and len(quick.runs[new]) == 2
+    assert main(["kaggle", "status", "--run", "tiny"]) == FAILED
+    assert re.search("01_data_sharding +complete", capfd.readouterr().out)
+
+
+def test_names_are_not_tried_for_ever(quick, capfd):
+    quick.empty = {f"{OWNER}/gifqa-tiny-01-data-sharding{ending}" for ending in ("", "-2", "-3", "-4")}
+    quick.deletes = False
+    assert push("--only", "01") == FAILED and quick.requests.count("DeleteKernel") == 3
+    assert "Kaggle makes no notebook of any of the names" in capfd.readouterr().err
+
+
+def test_a_notebook_that_was_never_there_is_no_empty_one(quick):
+    assert push("--only", "01") == 0
+    assert "DeleteKernel" not in quick.requests and list(quick.runs) == [f"{OWNER}/gifqa-tiny-01-data-sharding"]
+
+
+def test_a_platform_that_is_down_is_no_empty_notebook(quick, monkeypatch):
+    monkeypatch.setattr(kaggle_site, "TRIES", 2)
+    true = quick.answer
+
+    def down(name, body):
+        if name in ("GetKernel", "GetKernelSessionStatus"):
+            raise Refusal(500, "down")
+        return true(name, body)
+
+    quick.answer = down
+    assert push("--only", "01") == PAUSED and "DeleteKernel" not in quick.requests
+
+
+def test_a_notebook_that_ran_here_is_never_deleted(quick, capfd):
+    quick.play = lambda run: KernelWorkerStatus.ERROR
+    assert push("--only", "01") == FAILED
+    quick.empty = {f"{OWNER}/gifqa-tiny-01-data-sharding"}
+    true = quick.answer
+
+    def gone(name, body):
+        if name == "GetKernelSessionStatus":
+            raise Refusal(404, "Not found")
+        return true(name, body)
+
+    quick.answer = gone
+    assert resume() == FAILED and "the notebook of its earlier runs no more" in capfd.readouterr().err
+    assert "DeleteKernel" not in quick.requests
+
+
+def test_a_push_without_an_answer_is_no_empty_notebook_until_it_had_time_to_show_up(quick, account, capfd):
+    quick.refuse["01-data-sharding"] = ["Kaggle is under maintenance"]
+    assert push("--only", "01") == FAILED
+    path = account / "tiny" / "kaggle.json"
+    state = json.loads(path.read_text())
+    state["stages"]["01_data_sharding"] |= {"status": "pushing", "before": 0, "began": time.time()}
+    path.write_text(json.dumps(state))
+    quick.empty = {f"{OWNER}/gifqa-tiny-01-data-sharding"}
+    assert resume() == PAUSED and "was pushed just now and is not to be seen yet" in capfd.readouterr().out
+    assert "DeleteKernel" not in quick.requests
+    state["stages"]["01_data_sharding"]["began"] -= HOUR
+    path.write_text(json.dumps(state))
+    assert resume() == 0 and quick.requests.count("DeleteKernel") == 1
+
+
+def test_a_push_without_hours_is_not_sent_again_while_others_run(quick, capfd):
+    quick.refuse["08-demo"] = [NO_HOURS] * 99
+    quick.held.add("01-data-sharding")
+    assert push("--only", "01", "--only", "08", minutes=0.02) == PAUSED
+    assert len(quick.refuse["08-demo"]) == 98
+
+
+def test_a_full_house_is_asked_less_and_less_often(quick):
+    quick.cap = 0
+    assert push("--only", "08", minutes=0.03) == PAUSED  # 36 polls
+    assert quick.requests.count("SaveKernel") <= 6
+
+
+def test_room_that_an_own_stage_leaves_is_used_at_once(quick, monkeypatch):
+    monkeypatch.setattr(kaggle_remote, "FULL_POLLS", (10**6, 10**6))  # else in days
+    quick.cap, true, save = 1, quick.play, quick.answer
+    quick.held.add("05-adem-scienceqa")
+
+    def play(run):
+        if "08-demo" in run.request.slug:
+            return true(run)
+        stage = stages.Stage("05_adem_scienceqa", profile="tiny", run="made", parameters={"data": ""})
+        (stage.folder / "made.txt").write_text("made")
+        stage.finish({"steps": 9}, ["made.txt"])
+        stages.release_lock(stage.folder / ".lock")
+        shutil.move(stage.folder, run.working / "runs" / "tiny" / "05_adem_scienceqa")
+        return KernelWorkerStatus.COMPLETE
+
+    def answer(name, body):
+        found = save(name, body)
+        if name == "SaveKernel" and found.error:
+            quick.held.clear()
+        return found
+
+    quick.play, quick.answer = play, answer
+    assert push("--only", "05", "--only", "08") == 0 and quick.requests.count("SaveKernel") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "following"),
+    [("a-08-demo", "a-08-demo-2"), ("a-08-demo-2", "a-08-demo-3"), ("a" * 39 + "-08-demo-xx", "a" * 39 + "-08-demo-2")],
+)
+def test_the_next_name_is_one_that_kaggle_takes(name, following):
+    assert kaggle_push.next_name(f"{OWNER}/{name}") == f"{OWNER}/{following}" and len(following) <= 50
 
 
 # ------------------------------------------------------------------------------------------- the week's GPU-hours

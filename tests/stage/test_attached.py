@@ -76,6 +76,14 @@ def test_work_of_a_dead_session_comes_back_from_a_data_set(inputs, tmp_path):
     assert holds_work(mine) and not (mine / ".lock").exists()
 
 
+def test_a_session_that_was_pushed_to_go_on_begins_nothing_anew(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("SUITE_TAKES_OVER", "1")
+    with pytest.raises(AttachedError, match="earlier work of 03_adapter_training of run 'tiny' is not attached"):
+        take_over(RUN, NAME, tmp_path)
+    stage(inputs / "own")
+    assert take_over(RUN, NAME, tmp_path) and not take_over(RUN, NAME, tmp_path)  # it is there: run again by hand
+
+
 def test_a_damaged_archive_is_refused(inputs, tmp_path):
     folder = inputs / "datasets" / "owner" / "work"
     pack(RUN, NAME, stage(tmp_path / "dead"), folder)

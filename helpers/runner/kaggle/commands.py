@@ -161,7 +161,9 @@ def _status(argv: Sequence[str]) -> int:
     remote = _open(_run_parser("status", _status.__doc__).parse_args(argv).run)
     for spec in remote.plan.specs:
         entry = remote.state["stages"][spec.name]
-        there = ": ".join(filter(None, remote.site.status(entry["kernel"]))) if entry["status"] == "running" else ""
+        there = ""
+        if entry["status"] == "running":
+            there = ": ".join(filter(None, remote.standing(spec) or ("not there yet",)))
         print(f"{spec.name:24} {entry['status']:10} {there or entry.get('message', '')}".rstrip())
     states = {remote.status(spec) for spec in remote.plan.specs}
     return DONE if states == {"complete"} else FAILED if "failed" in states else PAUSED
@@ -179,13 +181,13 @@ def _chosen(remote: Remote, words: Sequence[str]) -> list[StageSpec]:
 
 
 def _logs(argv: Sequence[str]) -> int:
-    """Print what the newest run of a stage printed on Kaggle."""
+    """Print what the run of a stage that was pushed last printed on Kaggle."""
     parser = _run_parser("logs", _logs.__doc__)
     _stage_argument(parser, "+")
     args = parser.parse_args(argv)
     remote = _open(args.run)
     for spec in _chosen(remote, args.stages):
-        print(remote.site.log(remote.state["stages"][spec.name]["kernel"]))
+        print(remote.log(spec))
     return DONE
 
 

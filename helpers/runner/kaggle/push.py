@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from helpers.config import ConfigError
 from helpers.runner.outcome import Failed
 from helpers.runner.plan import RunPlan, filled_in
 from helpers.runner.quota.forecasts import PROBE_STEPS
+from helpers.stage.attached import TAKES_OVER
 from helpers.stage.manifest import code_version
 from helpers.stage.suite import StageSpec, model_of
 from helpers.workspace.disk import file_sha256, write_json
@@ -47,16 +48,32 @@ def kernel_id(owner: str, run: str, stage: str) -> str:
     return f"{owner}/{slug('gifqa', run, stage)}"
 
 
+def next_name(ref: str) -> str:
+    """Return the name to take where that of a notebook, `owner/name`, cannot be used: name-2, name-3 and so on."""
+    owner, _, name = ref.partition("/")
+    stem, _, number = name.rpartition("-")
+    if not number.isdigit():  # no stage's name ends in a number
+        stem, number = name, "1"
+    ending = f"-{int(number) + 1}"
+    return f"{owner}/{stem[: SLUG_LENGTH - len(ending)].rstrip('-')}{ending}"
+
+
 def kernel_metadata(
-    plan: RunPlan, spec: StageSpec, owner: str, data_sets: Sequence[str] = (), own_output: bool = False
+    plan: RunPlan,
+    spec: StageSpec,
+    owner: str,
+    data_sets: Sequence[str] = (),
+    own_output: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the content of kernel-metadata.json, made from suite.yaml.
 
-    data_sets: further data sets than the helpers'. own_output: attach what the notebook's last run left.
+    data_sets: further data sets than the helpers'. own_output: attach what the notebook's last run left. names: by
+    stage, notebooks (`owner/name`) that do not bear the name of `kernel_id`.
     """
-    name = kernel_id(owner, plan.run, spec.name)
     run = [other for other in plan.specs if other.name in {*spec.inputs, *spec.kaggle_sources}]
-    sources = [kernel_id(owner, plan.run, other.name) for other in run]
+    refs = {other.name: kernel_id(owner, plan.run, other.name) for other in (spec, *run)} | dict(names or {})
+    name, sources = refs[spec.name], [refs[other.name] for other in run]
     models = {model_of(plan.profile, key) for other in (spec, *run) for key in other.models}
     return {
         "id": name,
@@ -87,11 +104,18 @@ def work_seconds(seconds: float) -> float:
 
 
 def write_kernel(
-    folder: Path, plan: RunPlan, spec: StageSpec, metadata: dict[str, Any], seconds: float, measure: bool = False
+    folder: Path,
+    plan: RunPlan,
+    spec: StageSpec,
+    metadata: dict[str, Any],
+    seconds: float,
+    measure: bool = False,
+    takes_over: bool = False,
 ) -> None:
     """Write the two files of a push: the notebook with its parameters and its deadline, and the metadata.
 
-    seconds: how long the session may last. measure: it is to stop after a few steps.
+    seconds: how long the session may last. measure: it is to stop after a few steps. takes_over: it is to end at once
+    where the work of an earlier session is not attached.
     """
     common = {"profile": plan.profile_name, "run": plan.run, "overrides": plan.overrides}
     book = filled_in(plan.notebooks / f"{spec.name}.ipynb", common | plan.parameters[spec.name])
@@ -100,6 +124,8 @@ def write_kernel(
     clock = f'import os\nimport time\n\nos.environ.setdefault("SUITE_DEADLINE", str({ends}))'
     if measure:
         clock += f'\nos.environ["SUITE_PROBE_STEPS"] = "{PROBE_STEPS}"'
+    if takes_over:
+        clock += f'\nos.environ["{TAKES_OVER}"] = "1"'
     book.cells.insert(0, nbformat.v4.new_code_cell(clock))
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, folder / metadata["code_file"])

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -30,11 +30,12 @@ from helpers.runner.kaggle.push import (
     dataset_metadata,
     kernel_id,
     kernel_metadata,
+    next_name,
     slug,
     work_seconds,
     write_kernel,
 )
-from helpers.runner.kaggle.site import NOT_VALID, UNDER_WAY, Site
+from helpers.runner.kaggle.site import NOT_VALID, UNDER_WAY, EmptyNotebook, Pushed, Site, unknown
 from helpers.runner.outcome import DONE, Failed, Paused
 from helpers.runner.plan import RunPlan
 from helpers.runner.quota.ledger import BEAT_SECONDS
@@ -51,6 +52,10 @@ PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless the
 FEW_FILES = 20  # these are fetched without a progress bar
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
 NO_HOURS = re.compile(r"\b(GPU|accelerator) quota\b", re.IGNORECASE)  # Maximum weekly GPU quota of 30.00 hours reached
+ITSELF = re.compile(r"\b(itself|circular|cyclic|self[- ]referenc)", re.IGNORECASE)  # why it may not attach its output
+FULL_POLLS = 2, 20  # polls between two pushes into a house that was full: at first, and at most
+NEW_SECONDS = 600.0  # after a push, in which Kaggle may not know of it yet
+NAMES = 3  # names at most that a push tries where empty notebooks keep them
 ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": "cancelled"}
 
 
@@ -61,6 +66,8 @@ class Remote:
         self.plan, self.state, self.site = plan, state, site
         self.told: set[str] = set()  # what was said about the week's GPU-hours
         self.noted: dict[str, float] = {}  # when each running session was last noted in the ledger
+        self.full: dict[bool, tuple[float, int]] = {}  # with a GPU and without: until when, and polls till then
+        self.no_hours: tuple[float, str] = (0.0, "")  # until when Kaggle gives no GPU-hours, in its words
         if state.setdefault("owner", self.site.owner) != self.site.owner:
             raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
         for spec in plan.specs:
@@ -96,26 +103,35 @@ class Remote:
                 raise ConfigError(f"--anew {spec.name}: it is {self.status(spec)}; only what died can begin anew")
         for spec in self.plan.specs:
             entry = self.state["stages"][spec.name]
-            if entry.get("stray"):
-                at_work = self.site.under_way(entry["kernel"])
+            if entry.get("stray") and entry["status"] == "failed":
+                at_work = self._under_way(entry)
                 if spec.gpu:
                     self._meter(entry, time.time())
                 if at_work:
                     raise Paused(f"{spec.name} still runs without what it needs. {self._how_to_stop(spec)}")
                 self.note(spec, stray=False)
             if entry["status"] == "pushing":
-                if self.site.version(entry["kernel"]) > entry["before"]:
+                if self._has_arrived(entry):
                     self._confirm(spec, "")
                 else:
                     self.note(spec, status="waiting")
             elif entry["status"] in ("failed", "cancelled"):
                 if spec in anew:
-                    shutil.rmtree(self._fetched(spec), ignore_errors=True)
+                    shutil.rmtree(self._fetched(spec, entry.get("version", 0)), ignore_errors=True)
                     entry.pop("manifest", None)
                     self.note(spec, source="")
                 elif entry.get("ran"):
-                    self._hand_over(spec)
+                    self._hand_over(spec, entry["version"])
                 self.note(spec, status="waiting", ran=False)
+
+    def _has_arrived(self, entry: dict[str, Any]) -> bool:
+        """Whether a push whose answer was not seen arrived; raises Paused while that cannot be told."""
+        try:
+            return self.site.version(entry["kernel"]) > entry["before"]
+        except EmptyNotebook as error:
+            if _is_new(entry):
+                raise Paused(f"{entry['kernel']} was pushed just now and is not to be seen yet") from error
+            return False
 
     def _check_version(self) -> None:
         """Raise ConfigError if a stage was made by a version of the suite that made something else."""
@@ -131,13 +147,14 @@ class Remote:
                         "Go on with that version, or push another run (--run NAME)"
                     )
 
-    def _hand_over(self, spec: StageSpec) -> None:
-        """Save the unfinished work of a run that died in a data set, since Kaggle does not attach such a run.
+    def _hand_over(self, spec: StageSpec, version: int) -> None:
+        """Save the unfinished work of a run in a data set, since Kaggle does not attach it: it died, or is the own one.
 
         It goes through this machine. What was fetched stays here until it was sent, so that it is fetched once.
         """
         run, ref = self.plan.run, f"{self.site.owner}/{slug('gifqa', self.plan.run, spec.name[:2], 'work')}"
-        folder, data_set = self._fetched(spec), self._fetched(spec).with_name(f"{spec.name}-work")
+        folder = self._fetched(spec, version)
+        data_set = folder.with_name(f"{spec.name}-work")
         shutil.rmtree(data_set, ignore_errors=True)
         if self._stays_there(spec):
             most, leave_out = spec.gigabytes[self.plan.profile.name], f"--anew {spec.name[:2]}"
@@ -149,7 +166,7 @@ class Remote:
             here = folder_bytes(folder) / 1e9
             room = round(max(2 * most - here, here), 1)  # for the files and for their archive
             require_disk(self.plan.folder, room, f"Handing {spec.name} over, unless you resume with {leave_out},")
-        self._fetch(spec)
+        self._fetch(spec, version)
         if attached.holds_work(folder):
             attached.pack(run, spec.name, folder, data_set)
             write_json(data_set / "dataset-metadata.json", dataset_metadata(ref))
@@ -198,8 +215,13 @@ class Remote:
             for entry in mine
             if entry["status"] == "pushing"  # whose answer may have been lost
             # another command may have left its run long ago, without seeing its end
-            or (quota.begun(entry) and self.site.under_way(entry["kernel"]))
+            or (quota.begun(entry) and self._under_way(entry))
         ]
+
+    def _under_way(self, entry: dict[str, Any]) -> bool:
+        """Whether a stage's run has not ended; one that Kaggle does not know has, unless it was pushed just now."""
+        found = self.site.status(_pushed(entry))
+        return found[0] in UNDER_WAY if found else _is_new(entry)
 
     def _meter(self, entry: dict[str, Any], ended: float | None = None) -> str:
         """Note a GPU session's age in the ledger, now and then while it runs, or when it `ended`; returns its name."""
@@ -279,34 +301,108 @@ class Remote:
         source = self.state["stages"][spec.name]["source"]
         data_sets = [*self.state["attach"]] if spec.data else []
         data_sets += [source] if "/" in source else []
-        return kernel_metadata(self.plan, spec, self.site.owner, data_sets, own_output=source == "own")
+        names = {name: entry["kernel"] for name, entry in self.state["stages"].items()}
+        return kernel_metadata(self.plan, spec, self.site.owner, data_sets, own_output=source == "own", names=names)
 
     def _push(self, spec: StageSpec) -> None:
         """Push one stage; raises Failed if Kaggle refuses it or attaches other sources than it was given."""
+        entry = self.state["stages"][spec.name]
+        if self._refused_lately(spec) or self._waits_for_stray(spec):
+            return
+        if entry["source"] == "own" and not self.state.get("attaches_itself", True):
+            self._hand_over(spec, entry.get("worked", entry["version"]))
+        cleared: list[str] = []
+        while True:
+            try:
+                refusal = self._send(spec)
+                break
+            except EmptyNotebook:
+                self._clear_away(spec, cleared)
+        if refusal is None:
+            return
+        if FULL.search(refusal):
+            if entry.get("message") != refusal:
+                print(f"{spec.name} waits: {refusal}", flush=True)
+            polls = min(FULL_POLLS[1], max(FULL_POLLS[0], 2 * self.full.get(spec.gpu, (0.0, 0))[1]))
+            self.full[spec.gpu] = (time.time() + polls * kaggle_site.POLL_SECONDS, polls)
+            self.note(spec, status="waiting", message=refusal)
+            return
+        self.full.pop(spec.gpu, None)
+        if spec.gpu and NO_HOURS.search(refusal):
+            self.no_hours = (self._budget().refresh, refusal)
+            self.note(spec, status="waiting", message=refusal)
+            self._refused_lately(spec)
+            return
+        self._confirm(spec, refusal)
+
+    def _refused_lately(self, spec: StageSpec) -> bool:
+        """Whether a push would be refused again: no hours are left this week, or the house was full moments ago."""
+        until, words = self.no_hours
+        if spec.gpu and time.time() < until:
+            self.short = f"{spec.name} was not pushed: {words}"
+            return True
+        return time.time() < self.full.get(spec.gpu, (0.0, 0))[0]
+
+    def _waits_for_stray(self, spec: StageSpec) -> bool:
+        """Whether a run that was started without its own earlier work, and ends by itself, has not ended yet."""
+        entry = self.state["stages"][spec.name]
+        if entry.get("stray") and not self._under_way(entry):
+            if spec.gpu:
+                self._meter(entry, time.time())
+            self.note(spec, stray=False)
+        return bool(entry.get("stray"))
+
+    def _send(self, spec: StageSpec) -> str | None:
+        """Push one stage; returns why Kaggle refused it, else "", None if it is not the time; raises EmptyNotebook."""
         entry, folder = self.state["stages"][spec.name], self.plan.folder / "kaggle" / spec.name
         before = self.site.version(entry["kernel"])
         with alone_in(runs_root() / ".kaggle.lock", "the week's account", patience=kaggle_site.READY_SECONDS):
             seconds = self._affordable(spec) if spec.gpu else self.state["seconds"]
             if not seconds:
-                return
+                return None
             measure = spec.gpu and self._to_measure(spec)
             if measure:
                 seconds = min(seconds, MEASURING_SECONDS)
                 line = f"  {spec.name}: a short session measures its pace first; what it does is kept"
                 self._say_once(line, line)
             self.note(spec, status="pushing", before=before, began=time.time(), seconds=seconds)
-        write_kernel(folder, self.plan, spec, self._metadata(spec), seconds, measure)
-        refusal = self.site.push(folder, seconds, entry["kernel"], before)
-        if FULL.search(refusal):
-            if entry.get("message") != refusal:
-                print(f"{spec.name} waits: {refusal}", flush=True)
-            self.note(spec, status="waiting", message=refusal)
+        write_kernel(folder, self.plan, spec, self._metadata(spec), seconds, measure, takes_over=bool(entry["source"]))
+        try:
+            return self.site.push(folder, seconds, entry["kernel"], before)
+        except EmptyNotebook:
+            self.note(spec, status="waiting")
+            raise
+
+    def _clear_away(self, spec: StageSpec, cleared: list[str]) -> None:
+        """Make room for a stage whose notebook is there and empty: delete it, else take the next name.
+
+        cleared: what this has been done to since the last push that was taken. Only what was never run here and cannot
+        be read is deleted. Raises Failed where no name helps.
+        """
+        entry = self.state["stages"][spec.name]
+        ref = entry["kernel"]
+        where = f"https://www.kaggle.com/code/{ref}"
+        if "version" in entry:
+            raise Failed(f"{spec.name}: Kaggle finds the notebook of its earlier runs no more: look at {where}")
+        if ref not in cleared and self._holds_nothing(ref) and self.site.delete(ref):
+            cleared.append(ref)
+            print(f"{spec.name}: {ref}, which a refused push had left empty, is deleted and pushed anew", flush=True)
             return
-        if spec.gpu and NO_HOURS.search(refusal):
-            self.note(spec, status="waiting", message=refusal)
-            self.short = f"{spec.name} was not pushed: {refusal}"
-            return
-        self._confirm(spec, refusal)
+        cleared.append(ref)
+        if len({*cleared}) >= NAMES:
+            raise Failed(f"{spec.name}: Kaggle makes no notebook of any of the names {', '.join(sorted({*cleared}))}")
+        self.note(spec, kernel=next_name(ref))
+        print(
+            f"{spec.name}: {ref} is empty, as a refused push leaves it, and takes no version; the stage goes on as "
+            f"{entry['kernel']}. The empty one can be deleted at {where}",
+            flush=True,
+        )
+
+    def _holds_nothing(self, ref: str) -> bool:
+        try:
+            return self.site.kernel(ref) is None
+        except EmptyNotebook:
+            return True
 
     def _confirm(self, spec: StageSpec, refusal: str) -> None:
         """Compare a push with what Kaggle made of it: with sources that are not valid it runs the rest nevertheless."""
@@ -314,15 +410,32 @@ class Remote:
         accepted = not refusal or refusal.startswith(NOT_VALID)  # then the rest of it runs
         arrived = self._arrived(entry["kernel"], entry["before"], patient=accepted)
         lacks = _lacking(self._metadata(spec), arrived) if arrived else []
+        if entry["source"] == "own" and self._own_alone(spec, refusal, lacks):
+            self.state["attaches_itself"] = False
+            ends = f"; version {arrived.current_version_number} ends by itself" if arrived else ""
+            print(
+                f"{spec.name}: no notebook is attached to itself, its work goes as a data set{ends}",
+                flush=True,
+            )
+            self.note(spec, status="waiting", **_stray(arrived))
+            return
         if refusal or lacks:
             reason = refusal or f"Kaggle did not attach {', '.join(lacks)}"
             self.note(spec, status="failed", message=reason, ran=False)
             if arrived:  # it runs nevertheless
-                self.note(spec, version=arrived.current_version_number, stray=True)
+                self.note(spec, **_stray(arrived))
                 reason += f". {self._how_to_stop(spec)}"
             raise Failed(f"{spec.name} was not pushed as asked: {reason}")
         self.note(spec, status="running", version=arrived.current_version_number, message="", ran=True)
         print(f"{spec.name}: pushed, version {entry['version']} of {entry['kernel']}", flush=True)
+
+    def _own_alone(self, spec: StageSpec, refusal: str, lacks: Sequence[str]) -> bool:
+        """Whether all that a push was refused for, or lacks, is the notebook itself among its sources."""
+        ref = self.state["stages"][spec.name]["kernel"]
+        if refusal.startswith(NOT_VALID):
+            named = {name.strip().lower() for name in re.findall(r"[\w-]+/[\w/-]+", refusal)}
+            return named == {ref.lower()}
+        return bool(ITSELF.search(refusal)) if refusal else list(lacks) == [f"the kernel {ref}"]
 
     def _how_to_stop(self, spec: StageSpec) -> str:
         entry = self.state["stages"][spec.name]
@@ -335,7 +448,10 @@ class Remote:
         """
         until = time.monotonic() + kaggle_site.READY_SECONDS
         while True:
-            found = self.site.kernel(ref)
+            try:
+                found = self.site.kernel(ref)
+            except EmptyNotebook:
+                found = None
             if found and (found.current_version_number or 0) > before:
                 return found
             if not patient:
@@ -344,10 +460,28 @@ class Remote:
                 raise Paused(f"{ref}: the version that was pushed does not show up on Kaggle")
             time.sleep(kaggle_site.POLL_SECONDS)
 
+    def standing(self, spec: StageSpec) -> tuple[str, str] | None:
+        """Return state and message of the run that was pushed; None while Kaggle does not know of it yet.
+
+        Raises ConfigError if it does not although it had time to, or if the notebook is gone.
+        """
+        entry = self.state["stages"][spec.name]
+        found = self.site.status(_pushed(entry))
+        if found is None and not (_is_new(entry) and self.site.kernel(entry["kernel"])):
+            raise ConfigError(unknown(f"notebook {entry['kernel']}", 404))
+        return found
+
+    def log(self, spec: StageSpec) -> str:
+        """Return what the run that was pushed printed."""
+        return self.site.log(_pushed(self.state["stages"][spec.name]))
+
     def _look(self, spec: StageSpec) -> None:
         """Ask how a run stands, and take over what it made when it ended."""
         entry = self.state["stages"][spec.name]
-        status, message = self.site.status(entry["kernel"])
+        found = self.standing(spec)
+        if found is None:
+            return
+        status, message = found
         if status in UNDER_WAY:
             if spec.gpu:
                 self._meter(entry)
@@ -355,6 +489,7 @@ class Remote:
         if status not in ENDED:
             raise Failed(f"{spec.name}: Kaggle tells an unknown status {status!r}")
         outcome = ENDED[status]
+        self.full.pop(spec.gpu, None)  # there is room again
         self.note(spec, message=message)
         if outcome == "complete":
             self._take(spec)
@@ -364,7 +499,7 @@ class Remote:
         self.note(spec, status=outcome)
         if outcome == "cancelled":
             raise Paused(f"{spec.name} was cancelled on Kaggle, at its time limit or by hand")
-        tail = "\n".join(self.site.log(entry["kernel"]).rstrip().splitlines()[-20:])
+        tail = "\n".join(self.log(spec).rstrip().splitlines()[-20:])
         raise Failed(f"{spec.name} failed on Kaggle: {message or 'no reason given'}\n{tail}")
 
     def _take(self, spec: StageSpec) -> None:
@@ -386,7 +521,7 @@ class Remote:
                 self.note(spec, status="failed", message="no progress", ran=False)
                 raise Failed(f"{spec.name} made no progress in a whole session: give it longer (--session HOURS)")
             print(f"{spec.name}: partly done, it goes on in another session", flush=True)
-            self.note(spec, status="waiting", source="own", manifest=manifest)
+            self.note(spec, status="waiting", source="own", worked=entry["version"], manifest=manifest)
             return
         self.note(spec, manifest=manifest)
         if not self._stays_there(spec):
@@ -399,23 +534,23 @@ class Remote:
     def _stays_there(self, spec: StageSpec) -> bool:
         return spec.gigabytes.get(self.plan.profile.name, 0.0) > PULLED_GIGABYTES
 
-    def _names(self, spec: StageSpec) -> dict[str, str]:
-        """Return the files of the stage's folder among a run's outputs: relative name and address."""
+    def _names(self, spec: StageSpec, version: int) -> dict[str, str]:
+        """Return the files of the stage's folder among the outputs of one run: relative name and address."""
         prefix = f"runs/{self.plan.run}/{spec.name}/"
-        files = self.site.outputs(self.state["stages"][spec.name]["kernel"])
+        files = self.site.outputs(Pushed(self.state["stages"][spec.name]["kernel"], version))
         return {name[len(prefix) :]: url for name, url in files.items() if name.startswith(prefix)}
 
-    def _fetched(self, spec: StageSpec) -> Path:
-        """Return the folder for files of the stage's newest run on their way."""
-        return self.plan.folder / "kaggle" / f"{spec.name}-{self.state['stages'][spec.name].get('version', 0)}"
+    def _fetched(self, spec: StageSpec, version: int) -> Path:
+        """Return the folder for files of one run of the stage on their way."""
+        return self.plan.folder / "kaggle" / f"{spec.name}-{version}"
 
-    def _fetch(self, spec: StageSpec) -> Path:
-        """Fetch the stage's files of its newest run and return their folder; files that are there are not fetched."""
-        folder = self._fetched(spec)
+    def _fetch(self, spec: StageSpec, version: int) -> Path:
+        """Fetch the stage's files of one run and return their folder; files that are there are not fetched."""
+        folder = self._fetched(spec, version)
         for other in {*folder.parent.glob(f"{spec.name}-*")} - {folder}:
             shutil.rmtree(other)
         folder.mkdir(parents=True, exist_ok=True)
-        files = self._names(spec)
+        files = self._names(spec, version)
         for name in files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name:
@@ -427,7 +562,7 @@ class Remote:
 
     def _manifest(self, spec: StageSpec) -> dict[str, Any]:
         """Fetch and check a stage's manifest: is it of this stage, these settings and these inputs?"""
-        url = self._names(spec).get("stage.json")
+        url = self._names(spec, self.state["stages"][spec.name]["version"]).get("stage.json")
         if url is None:
             raise Failed(f"{spec.name} ended on Kaggle without finishing its stage: it left no stage.json")
         with tempfile.TemporaryDirectory() as scratch:
@@ -459,7 +594,7 @@ class Remote:
             return folder
         if folder.exists():
             raise StageError(f"{folder} holds another result of {spec.name}: move it away, or use --run NAME")
-        scratch = self._fetch(spec)
+        scratch = self._fetch(spec, self.state["stages"][spec.name]["version"])
         try:
             manifest = check_outputs(scratch)
         except StageError as error:
@@ -470,6 +605,21 @@ class Remote:
             raise Failed(f"{spec.name} was run again on Kaggle since: resume this run")
         put_in_place(scratch, folder)
         return folder
+
+
+def _pushed(entry: Mapping[str, Any]) -> Pushed:
+    """Name the run of a stage that was pushed last, whatever was run of its notebook since."""
+    return Pushed(entry["kernel"], entry["version"])
+
+
+def _is_new(entry: Mapping[str, Any]) -> bool:
+    """Whether a stage was pushed so lately that Kaggle may not know of it yet."""
+    return time.time() - entry["began"] < NEW_SECONDS
+
+
+def _stray(arrived: Any) -> dict[str, Any]:
+    """Return what is noted of a run that was started without some of its sources; nothing if none was started."""
+    return {"version": arrived.current_version_number, "stray": True} if arrived else {}
 
 
 def _lacking(wanted: dict[str, Any], found: Any) -> list[str]:
@@ -487,7 +637,8 @@ def _lacking(wanted: dict[str, Any], found: Any) -> list[str]:
             for name in wanted[f"{kind}_sources"]
             if not any(other == name.lower() or other.startswith(f"{name.lower()}/") for other in there)
         ]
-    if wanted["enable_gpu"] and found.machine_shape and found.machine_shape != wanted["machine_shape"]:
+    shape = (found.machine_shape or "").lower()
+    if wanted["enable_gpu"] and shape and shape != wanted["machine_shape"].lower():
         lacks.append(f"the GPU {wanted['machine_shape']}")
     return lacks
 
