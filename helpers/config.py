@@ -30,7 +30,7 @@ PACING: dict[str, frozenset[str]] = {
     "adem": frozenset({"preset", "checkpoint_minutes", "log_steps", "gradient_checkpointing", "evaluation_batch"}),
 }
 # By section, the keys that earlier versions had: runs, checkpoints and bundles of then still name them.
-REMOVED: dict[str, frozenset[str]] = {}
+REMOVED: dict[str, frozenset[str]] = {"data": frozenset({"decode_seconds"})}
 
 
 # Of ADEM-VL. Module, where the query is taken, where the result is added: "mlp_in_out" asks with the (normalised) input
@@ -84,7 +84,6 @@ class DataConfig(Section):
     max_canvas_pixels: Positive
     max_frames: Positive
     max_bytes: Positive
-    decode_seconds: Annotated[Float, Field(gt=0)]
     workers: Positive
 
 
@@ -423,6 +422,9 @@ def with_defaults(profile: Profile, defaults: Mapping[str, Any]) -> Profile:
 def parse_override(key: str, text: str) -> Any:
     """Read the command line's `text` as a value of profile key `key`, by the type that the schema declares."""
     keys = profile_keys()
+    section, _, name = key.rpartition(".")
+    if name in REMOVED.get(section, ()):
+        return text  # whatever it says, nothing asks for it
     if key not in keys:
         raise ConfigError(f"unknown profile key {key!r}; {nearest(key, list(keys))}")
     try:
@@ -480,13 +482,16 @@ def load_profile(name_or_path: str = "", overrides: dict[str, Any] | None = None
         raise ConfigError(f"profile {path}: expected a mapping of sections, found {type(values).__name__}")
     keys = list(profile_keys())
     for key, value in (overrides or {}).items():
-        if key not in keys:
-            raise ConfigError(f"unknown profile key {key!r}; {nearest(key, keys)}")
         section, _, name = key.rpartition(".")
+        if key not in keys and name not in REMOVED.get(section, ()):
+            raise ConfigError(f"unknown profile key {key!r}; {nearest(key, keys)}")
         target = values.setdefault(section, {}) if section else values
         if not isinstance(target, dict):
             raise ConfigError(f"profile {path}: section {section!r} must be a mapping")
         target[name] = value
+    for section, names in REMOVED.items():
+        if isinstance(values.get(section), dict):
+            values[section] = {name: value for name, value in values[section].items() if name not in names}
     try:
         return Profile.model_validate(values)
     except ValidationError as error:

@@ -282,6 +282,8 @@ def _image_bytes(image: Image.Image, max_bytes: int) -> bytes:
             "the Pillow image, or the file that it was opened from, is closed: ask before it is closed, or give the "
             "file's path or bytes"
         ) from error
+    except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG chunk as a SyntaxError
+        raise GifRejected("the file of the Pillow image is damaged") from error
     buffer = BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
     return buffer.getvalue()
@@ -304,7 +306,7 @@ def _zip_member(archive: str, member: str, max_bytes: int) -> bytes:
     except KeyError as error:
         raise GifRejected(f"{member} is not in {archive}") from error
     except RuntimeError as error:  # NotImplementedError among them
-        raise GifRejected(f"{member} cannot be read from {archive}: it is encrypted, or packed in a rare way") from error
+        raise GifRejected(f"{member} cannot be read from {archive}: it is encrypted, or packed as few are") from error
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise GifRejected(f"{member} cannot be read from {archive}: the archive is damaged") from error
 

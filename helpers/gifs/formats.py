@@ -16,7 +16,9 @@ Choices made where the formats, or their decoders, disagree:
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -35,7 +37,6 @@ MAX_BLOCKS = 2_000_000  # sub-blocks of a GIF, chunks of a PNG or WebP; 64 MiB i
 DAMAGED = "the file is damaged"
 
 _BLOCK_MARKER = re.compile(rb"[\x21\x2c\x3b]")  # extension, image, trailer
-_PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND"}
 
 
 class GifRejected(ValueError):
@@ -246,7 +247,7 @@ def _draw_gif(data: bytes, canvas: tuple[int, int], frames: Sequence[_GifFrame])
             screen.paste(before, clipped)
 
 
-# Animated WebP and PNG: Pillow draws them, with their disposal and blending. Of the file it gets what makes pixels.
+# Animated WebP and PNG. Pillow draws the one, and unpacks the frames of the other.
 
 
 def _open_webp(data: bytes, limits: Limits) -> Animation:
@@ -275,38 +276,84 @@ def _open_webp(data: bytes, limits: Limits) -> Animation:
     limits.check_canvas(*size)
     length = int.from_bytes(data[4:8], "little") + 8
     whole = b"RIFF" + (end - 8).to_bytes(4, "little") + data[8:end]
-    draw = partial(_draw_by_pillow, WebPImagePlugin.WebPImageFile, whole, size, range(len(durations)))
+    draw = partial(_draw_webp, whole, size, len(durations))
     return Animation(size, durations, length > len(data), draw)
 
 
+class _PngFrame(NamedTuple):
+    box: tuple[int, int, int, int]  # left, top, width, height
+    disposal: int  # 0 keeps, 1 clears, 2 restores
+    over: bool  # blended over what is there, not put in its place
+    parts: list[slice]  # of the file: its compressed pixels
+
+
 def _open_png(data: bytes, limits: Limits) -> Animation:
-    size, durations, first, complete = None, [], None, [data[:8]]
-    truncated = True
+    size, animated, truncated = None, False, True
+    header, colours, still, frames, durations = b"", [], [], [], []
     for kind, start, stop in _chunks(data, 8, 12, "big", limits):
         if stop + 4 > len(data):
+            if kind == b"fdAT" and len(frames) > 1:  # the first may still decode
+                frames.pop()
             break
-        if kind in _PIXEL_CHUNKS:
-            complete.append(data[start - 8 : stop + 4])
-        if kind == b"IHDR" and stop - start >= 8:
+        if kind == b"IHDR" and stop - start == 13:
             size = int.from_bytes(data[start : start + 4]), int.from_bytes(data[start + 4 : start + 8])
             limits.check_canvas(*size)
-        elif kind == b"fcTL" and stop - start >= 24:
+            header = data[start + 8 : stop]
+        elif kind in (b"PLTE", b"tRNS"):
+            colours.append((kind, data[start:stop]))
+        elif kind == b"acTL":
+            animated = True
+        elif kind == b"fcTL" and stop - start == 26 and size:
+            width, height, x, y = (int.from_bytes(data[start + at : start + at + 4]) for at in (4, 8, 12, 16))
             numerator, denominator = (int.from_bytes(data[start + at : start + at + 2]) for at in (20, 22))
+            frames.append(_PngFrame((x, y, width, height), data[start + 24], data[start + 25] == 1, []))
             durations.append(_shown_ms(1000 * numerator / (denominator or 100)))
-        elif kind == b"IDAT" and first is None:
-            first = len(durations)  # 0: the still for whoever knows no animations is none of its frames
+            limits.check_work(len(frames), len(frames) * size[0] * size[1])
+        elif kind == b"IDAT":  # before any frame it is a still, for whoever knows no animations
+            still.append(slice(start, stop))
+            if len(frames) == 1:
+                frames[0].parts.append(still[-1])
+        elif kind == b"fdAT" and frames:
+            frames[-1].parts.append(slice(start + 4, stop))
         elif kind == b"IEND":
             truncated = False
             break
-        if size:
-            limits.check_work(len(durations), len(durations) * size[0] * size[1])
-    if size is None or first is None:
+    if size is None or not still:
         raise GifRejected("truncated before the first frame")
-    if not any(chunk[4:8] == b"acTL" for chunk in complete):
-        durations = []
-    numbers = range(1, len(durations) + 1) if durations and first == 0 else range(len(durations) or 1)
-    draw = partial(_draw_by_pillow, PngImagePlugin.PngImageFile, b"".join(complete), size, numbers)
-    return Animation(size, durations or [DEFAULT_DELAY_MS], truncated, draw)
+    if not animated or not frames:
+        frames, durations = [_PngFrame((0, 0, *size), 0, False, still)], [DEFAULT_DELAY_MS]
+    if len(frames) > 1 and not frames[-1].parts:
+        frames.pop()
+    draw = partial(_draw_png, data, size, header, colours, frames)
+    return Animation(size, durations[: len(frames)], truncated, draw)
+
+
+def _draw_png(
+    data: bytes, canvas: tuple[int, int], header: bytes, colours: list[tuple[bytes, bytes]], frames: list[_PngFrame]
+) -> Iterator[Image.Image]:
+    """Compose the frames by the PNG specification: Pillow draws the first one over the still that is none of them."""
+    screen = Image.new("RGBA", canvas)
+    for index, (box, disposal, over, parts) in enumerate(frames):
+        left, top, width, height = box
+        if not width or not height or left + width > canvas[0] or top + height > canvas[1]:
+            raise BrokenFrame(index)
+        size = width.to_bytes(4) + height.to_bytes(4)
+        chunks = [(b"IHDR", size + header), *colours, (b"IDAT", b"".join(data[part] for part in parts)), (b"IEND", b"")]
+        still = b"\x89PNG\r\n\x1a\n" + b"".join(
+            len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4) for kind, body in chunks
+        )
+        with _damage_told(index):
+            pixels = PngImagePlugin.PngImageFile(BytesIO(still))
+            if pixels.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
+                pixels = Image.fromarray((np.asarray(pixels) >> 8).astype(np.uint8))
+            pixels = pixels.convert("RGBA")
+        before = screen.crop((left, top, left + width, top + height))
+        screen.paste(Image.alpha_composite(before, pixels) if over else pixels, (left, top))
+        yield _on_background(screen)
+        if disposal == 2 and index:  # before the first frame there is nothing to restore
+            screen.paste(before, (left, top))
+        elif disposal in (1, 2):
+            screen.paste((0, 0, 0, 0), (left, top, left + width, top + height))
 
 
 def _chunks(data: bytes, position: int, around: int, order: str, limits: Limits) -> Iterator[tuple[bytes, int, int]]:
@@ -325,31 +372,29 @@ def _chunks(data: bytes, position: int, around: int, order: str, limits: Limits)
         position += around + size + (size % 2 if order == "little" else 0)
 
 
-def _draw_by_pillow(
-    plugin: Callable[[BytesIO], Image.Image], data: bytes, canvas: tuple[int, int], numbers: Sequence[int]
-) -> Iterator[Image.Image]:
+def _draw_webp(data: bytes, canvas: tuple[int, int], count: int) -> Iterator[Image.Image]:
     image = None
-    for index, number in enumerate(numbers):
-        try:
-            image = image or plugin(BytesIO(data))
-            image.seek(number)
-            image.load()
-            frame = _on_background(image)
-        except MemoryError:
-            raise  # the machine's state, not the file's: its size was checked
-        except Exception as error:  # damaged files raise nearly every kind in Pillow
-            raise BrokenFrame(index) from error
+    for index in range(count):
+        with _damage_told(index):
+            image = image or WebPImagePlugin.WebPImageFile(BytesIO(data))
+            image.seek(index)
+            frame = image.convert("RGBA")
         if frame.size != canvas:
             raise BrokenFrame(index)
-        yield frame
+        yield _on_background(frame)
 
 
-def _on_background(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
+@contextmanager
+def _damage_told(index: int) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise  # the machine's state, not the file's: its size was checked
+    except Exception as error:  # damaged files raise nearly every kind in Pillow
+        raise BrokenFrame(index) from error
+
+
+def _on_background(layer: Image.Image) -> Image.Image:
     screen = Image.new("RGB", layer.size, BACKGROUND)
     screen.paste(layer, mask=layer)
     return screen
