@@ -62,7 +62,7 @@ class Limits:
     max_canvas_pixels: int = 4_000_000  # width x height, with every frame that reaches outside the canvas
     max_frames: int = 2_000
     max_bytes: int = 64 * 2**20
-    max_drawn_pixels: int = 2_000_000_000  # of all frames together; filmed GIFs of max_bytes have half a milliard
+    max_drawn_pixels: int = 2_000_000_000  # of all frames together; at one bit a pixel, max_bytes hold a quarter
     min_frames: int = 1  # 2 rejects stills, which in a fetched dataset are placeholders of deleted GIFs
 
     def check_bytes(self, data: bytes) -> bytes:

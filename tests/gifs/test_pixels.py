@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from helpers.gifs import kinds
 from helpers.gifs.decode import GifRejected, Limits, decode
 from tests.gifs import reference
-from tests.gifs.test_gifs import PALETTE, frame_block, gif, lzw, noisy_gif, palette_bytes, u16
+from tests.gifs.test_gifs import PALETTE, WHITE, frame_block, gif, lzw, noisy_gif, palette_bytes, u16
 
 SIZE = 6
 LOCAL = [(1, 2, 3), (40, 50, 60), (90, 80, 70), (255, 0, 255)]
@@ -95,15 +95,21 @@ def ffmpeg_frames(data: bytes, width: int, height: int, folder) -> np.ndarray:
     return np.where(frames[..., 3:] > 0, frames[..., :3], 255)
 
 
+def with_white_background(data: bytes) -> bytes:
+    """The colour that the header calls background made white: FFmpeg shows it in place of BACKGROUND."""
+    place = 13 + 3 * data[11]
+    return data[:place] + bytes(WHITE) + data[place + 3 :]
+
+
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="FFmpeg is not installed")
 def test_corner_cases_equal_ffmpeg(tmp_path):
-    """What FFmpeg draws as the specification has it; it never enlarges the canvas for a first frame."""
-    wrong = [
-        name
-        for name, data in CASES.items()
-        if not name.startswith("beyond")
-        and not np.array_equal(decode(data, image_size=SIZE).frames, ffmpeg_frames(data, SIZE, SIZE, tmp_path))
-    ]
+    """FFmpeg never enlarges the canvas for a first frame, and these files are the others."""
+    wrong = []
+    for name, data in CASES.items():
+        if not name.startswith("beyond"):
+            data = with_white_background(data)
+            if not np.array_equal(decode(data, image_size=SIZE).frames, ffmpeg_frames(data, SIZE, SIZE, tmp_path)):
+                wrong.append(name)
     assert wrong == []
 
 
