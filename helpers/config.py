@@ -298,6 +298,12 @@ def before_of(key: str) -> Any:
     return _before(section).get(name)
 
 
+def is_removed(key: str) -> bool:
+    """Tell whether earlier versions had this profile key: it is accepted and decides nothing."""
+    section, _, name = key.partition(".")
+    return name in REMOVED.get(section, ())
+
+
 def as_now(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section's values that an earlier version wrote as this version would have written them.
 
@@ -422,8 +428,7 @@ def with_defaults(profile: Profile, defaults: Mapping[str, Any]) -> Profile:
 def parse_override(key: str, text: str) -> Any:
     """Read the command line's `text` as a value of profile key `key`, by the type that the schema declares."""
     keys = profile_keys()
-    section, _, name = key.rpartition(".")
-    if name in REMOVED.get(section, ()):
+    if is_removed(key):
         return text  # whatever it says, nothing asks for it
     if key not in keys:
         raise ConfigError(f"unknown profile key {key!r}; {nearest(key, list(keys))}")
@@ -483,7 +488,7 @@ def load_profile(name_or_path: str = "", overrides: dict[str, Any] | None = None
     keys = list(profile_keys())
     for key, value in (overrides or {}).items():
         section, _, name = key.rpartition(".")
-        if key not in keys and name not in REMOVED.get(section, ()):
+        if key not in keys and not is_removed(key):
             raise ConfigError(f"unknown profile key {key!r}; {nearest(key, keys)}")
         target = values.setdefault(section, {}) if section else values
         if not isinstance(target, dict):

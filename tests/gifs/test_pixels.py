@@ -103,10 +103,10 @@ def with_white_background(data: bytes) -> bytes:
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="FFmpeg is not installed")
 def test_corner_cases_equal_ffmpeg(tmp_path):
-    """FFmpeg never enlarges the canvas for a first frame, and these files are the others."""
+    """All but those whose canvas a first frame enlarges, and those that tell no times, of which it drops frames."""
     wrong = []
     for name, data in CASES.items():
-        if not name.startswith("beyond"):
+        if not name.startswith("beyond") and "None-None" not in name:
             data = with_white_background(data)
             if not np.array_equal(decode(data, image_size=SIZE).frames, ffmpeg_frames(data, SIZE, SIZE, tmp_path)):
                 wrong.append(name)
