@@ -32,7 +32,7 @@ PACING: dict[str, frozenset[str]] = {
 # By section, lists of which only the members decide: neither their order nor a repetition.
 MEMBERS: dict[str, frozenset[str]] = {"data": frozenset({"groups"}), "language_model": frozenset({"target_modules"})}
 # By section, the keys that earlier versions had: runs, checkpoints and bundles of then still name them.
-REMOVED: dict[str, frozenset[str]] = {}
+REMOVED: dict[str, frozenset[str]] = {"data": frozenset({"decode_seconds"})}
 
 
 # Of ADEM-VL. Module, where the query is taken, where the result is added: "mlp_in_out" asks with the (normalised) input
@@ -86,7 +86,6 @@ class DataConfig(Section):
     max_canvas_pixels: Positive
     max_frames: Positive
     max_bytes: Positive
-    decode_seconds: Annotated[Float, Field(gt=0)]
     workers: Positive
 
 
@@ -301,6 +300,12 @@ def before_of(key: str) -> Any:
     return _before(section).get(name)
 
 
+def is_removed(key: str) -> bool:
+    """Tell whether earlier versions had this profile key: it is accepted and decides nothing."""
+    section, _, name = key.partition(".")
+    return name in REMOVED.get(section, ())
+
+
 def as_now(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section's values that an earlier version wrote as this version would have written them.
 
@@ -478,6 +483,8 @@ def with_defaults(profile: Profile, defaults: Mapping[str, Any]) -> Profile:
 def parse_override(key: str, text: str) -> Any:
     """Read the command line's `text` as a value of profile key `key`, by the type that the schema declares."""
     keys = profile_keys()
+    if is_removed(key):
+        return text  # whatever it says, nothing asks for it
     if key not in keys:
         raise ConfigError(f"unknown profile key {key!r}; {nearest(key, list(keys))}")
     try:
@@ -535,13 +542,16 @@ def load_profile(name_or_path: str = "", overrides: dict[str, Any] | None = None
         raise ConfigError(f"profile {path}: expected a mapping of sections, found {type(values).__name__}")
     keys = list(profile_keys())
     for key, value in (overrides or {}).items():
-        if key not in keys:
-            raise ConfigError(f"unknown profile key {key!r}; {nearest(key, keys)}")
         section, _, name = key.rpartition(".")
+        if key not in keys and not is_removed(key):
+            raise ConfigError(f"unknown profile key {key!r}; {nearest(key, keys)}")
         target = values.setdefault(section, {}) if section else values
         if not isinstance(target, dict):
             raise ConfigError(f"profile {path}: section {section!r} must be a mapping")
         target[name] = value
+    for section, names in REMOVED.items():
+        if isinstance(values.get(section), dict):
+            values[section] = {name: value for name, value in values[section].items() if name not in names}
     try:
         return Profile.model_validate(values)
     except ValidationError as error:

@@ -259,3 +259,13 @@ def test_a_profile_that_is_no_text_is_refused_in_words(tmp_path):
     path.write_bytes(b"name: caf\xe9\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: not a text in UTF-8"):
         load_profile(str(path))
+
+
+def test_a_key_that_went_is_accepted_in_a_profile_and_on_the_command_line(tmp_path):
+    text = (PROFILES / "tiny.yaml").read_text().replace("\ndata:\n", "\ndata:\n  decode_seconds: 20.0\n")
+    assert "decode_seconds" in text
+    (tmp_path / "tiny.yaml").write_text(text)
+    assert load_profile(str(tmp_path / "tiny.yaml")) == load_profile("tiny")
+    assert load_profile("tiny", {"data.decode_seconds": parse_override("data.decode_seconds", "5")}) == load_profile(
+        "tiny"
+    )

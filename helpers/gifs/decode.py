@@ -1,21 +1,10 @@
 """GIF bytes to sampled, cropped uint8 frames, and back to compact images.
 
-Pillow decodes (its rendering of disposal and palettes is the reference here); Albumentations crops, resizes and, where
-asked, changes pixels. Only sampled frames are converted to RGB. A file that cannot be used ends in `GifRejected`, whose
-reason is fit for a rejects table.
-
-Choices made where the format, or its decoders, disagree:
-
-- Frame delays of 10 ms or less, or absent, count as 100 ms, as Chromium, Firefox and WebKit show them.
-- Transparent pixels are shown on `BACKGROUND`.
-- The canvas is the one of the header, enlarged to the first frame where that is larger; what later frames draw outside
-  it is cut off, as Chromium does.
-- A frame whose data breaks off, and all that follow it, are not used; the rest is, with status "truncated".
+`helpers.gifs.formats` reads and draws; Albumentations crops, resizes and, where asked, changes pixels. Only sampled
+frames are cropped. A file that cannot be used ends in `GifRejected`, whose reason is fit for a rejects table.
 """
 
 import os
-import re
-import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,40 +13,17 @@ from functools import lru_cache
 from io import BytesIO
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, TypedDict
 
 import cv2
 import numpy as np
-from PIL import GifImagePlugin, Image, ImageSequence
+from PIL import GifImagePlugin, Image, ImageFile, ImageSequence
+
+from helpers.gifs.formats import Animation, BrokenFrame, GifRejected, Limits, open_animation
 
 # Albumentations asks PyPI for its newest version on import, and warns, unless told not to before it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
-
-BACKGROUND = (255, 255, 255)  # what shows through transparent pixels: white, as a web page does
-SHORTEST_DELAY_MS = 10  # delays up to this one are not honoured by browsers ...
-DEFAULT_DELAY_MS = 100  # ... which show such frames this long
-
-_BLOCK_MARKER = re.compile(rb"[\x21\x2c\x3b]")  # extension, image, trailer
-
-
-class GifRejected(ValueError):
-    """A GIF that cannot be used; `reason` says why in one line."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a GIF may cost. Anything over a limit is rejected, most of it before any pixel is decoded."""
-
-    max_canvas_pixels: int = 4_000_000  # width x height, with every frame that reaches outside the canvas
-    max_frames: int = 2_000
-    max_bytes: int = 64 * 2**20
-    decode_seconds: float = 20.0  # wall clock for one GIF, looked at after every frame
-    min_frames: int = 1  # 2 rejects stills, which in a fetched dataset are placeholders of deleted GIFs
 
 
 class View(TypedDict):
@@ -126,7 +92,7 @@ def decode(
     pixel_transforms: Sequence[A.BasicTransform] | None = None,
     seed: int | None = None,
 ) -> Decoded:
-    """Decode a GIF to its sampled frames: centre crop to the short side's square, then resize.
+    """Decode a GIF, or another animation, to its sampled frames: centre crop to a square, then resize.
 
     Resizing is bilinear while that reads every source pixel (down to half the size), by area below.
 
@@ -139,16 +105,16 @@ def decode(
         seed: makes that draw repeatable.
 
     Raises:
-        GifRejected: not a GIF, no usable frame, or over a limit.
+        GifRejected: not a GIF, nor another kind that is read; no usable frame; or over a limit.
         ValueError: an argument out of range, or a transform that changes the frames' shape or type.
     """
     limits = limits or Limits()
     groups = sorted(set(groups))
     if image_size < 1 or not groups or groups[0] < 1:
         raise ValueError(f"image_size and every group count must be 1 or more, not {image_size} and {groups}")
-    deadline = time.monotonic() + limits.decode_seconds
-    layout = _scan(data, limits, deadline)
-    durations, truncated = layout.durations_ms, layout.truncated
+    animation = open_animation(data, limits)
+    durations, truncated = animation.durations_ms, animation.truncated
+    crop_and_resize = _geometry(min(animation.canvas), image_size)
     while True:
         if len(durations) < limits.min_frames:
             raise GifRejected(f"{len(durations)} frame(s), at least {limits.min_frames} wanted")
@@ -156,16 +122,15 @@ def decode(
         try:
             # A handful is decoded, then resized: by turns each pushes the other out of the processor's caches, and a
             # stack of full-size frames costs more in fresh memory than the calls that it saves.
-            crop_and_resize = _geometry(min(layout.canvas), image_size)
-            source = _rgb_frames(data, indices, layout.canvas, limits, deadline)
+            source = _square_frames(animation, indices)
             frames = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
             for start in range(0, len(indices), 16):
                 for row, frame in enumerate(list(islice(source, 16)), start):
                     frames[row] = crop_and_resize(image=frame)["image"]
             break
-        except _BrokenFrame as error:
+        except BrokenFrame as error:
             if error.index == 0:
-                raise GifRejected(f"the first frame cannot be decoded: {error.__cause__}") from error
+                raise GifRejected("the first frame is damaged") from error
             durations, truncated = durations[: error.index], True
     if pixel_transforms:
         frames = _transform_pixels(frames, pixel_transforms, seed)
@@ -187,13 +152,15 @@ def read_gif(source: str | os.PathLike | bytes | Image.Image, max_bytes: int = L
     A Pillow image that was opened from a GIF file gives that file's bytes; any other is encoded as a GIF.
 
     Raises:
-        GifRejected: nothing there, an unreadable archive, or more than max_bytes.
+        GifRejected: nothing there, an unreadable archive, more than max_bytes, or a Pillow image that is closed or is
+            a copy of one frame of an animation.
         ValueError: a URL (fetch it first). TypeError: another kind of source.
     """
+    limits = Limits(max_bytes=max_bytes)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _bounded(bytes(source), max_bytes)
+        return limits.check_bytes(bytes(source))
     if isinstance(source, Image.Image):
-        return _bounded(_image_bytes(source, max_bytes), max_bytes)
+        return limits.check_bytes(_image_bytes(source, max_bytes))
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"a GIF is a path, bytes or a Pillow image, not {type(source).__name__}")
     name = os.fspath(source)
@@ -202,9 +169,9 @@ def read_gif(source: str | os.PathLike | bytes | Image.Image, max_bytes: int = L
     archive, separator, member = name.partition("::")
     try:
         if separator:
-            return _bounded(_zip_member(archive, member, max_bytes), max_bytes)
+            return limits.check_bytes(_zip_member(archive, member, max_bytes))
         with Path(name).open("rb") as file:
-            return _bounded(file.read(max_bytes + 1), max_bytes)
+            return limits.check_bytes(file.read(max_bytes + 1))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise GifRejected(f"cannot open {error.filename}: {error.strerror}") from error
 
@@ -251,127 +218,6 @@ def decode_frames(encoded: Sequence[bytes]) -> np.ndarray:
     return np.stack(frames)
 
 
-class _Layout(NamedTuple):
-    canvas: tuple[int, int]  # width, height
-    durations_ms: list[int]
-    truncated: bool
-
-
-class _BrokenFrame(Exception):
-    """Pillow could not decode frame `index`; the cause is chained."""
-
-    def __init__(self, index: int):
-        super().__init__(f"frame {index}")
-        self.index = index
-
-
-def _scan(data: bytes, limits: Limits, deadline: float) -> _Layout:
-    """Walk over a GIF's blocks without decoding (GIF89a specification), and check it against the limits."""
-    _bounded(data, limits.max_bytes)
-    if not data.startswith((b"GIF87a", b"GIF89a")):
-        raise GifRejected(f"not a GIF: {_kind(data)}")
-    if len(data) < 13:
-        raise GifRejected("truncated inside the header")
-    width, height = _u16(data, 6), _u16(data, 8)
-    if not width or not height:
-        raise GifRejected(f"the canvas is empty ({width} x {height} pixels)")
-    if width * height > limits.max_canvas_pixels:
-        raise GifRejected(f"the canvas is {width} x {height} pixels, {limits.max_canvas_pixels} in all allowed")
-    drawn = (width, height)  # Pillow grows its canvas to hold every frame
-    durations: list[int] = []
-    delay = 0
-    position = 13 + _palette_bytes(data[10])
-    truncated = True  # until the trailer, or a frame, proves otherwise
-    complete = True  # the data of the last frame
-    while match := _BLOCK_MARKER.search(data, position):  # bytes that are no marker are skipped, as Pillow does
-        position = match.start()
-        if match[0] == b";":
-            truncated = False
-            break
-        if match[0] == b"!":
-            if data[position + 1 : position + 2] == b"\xf9" and position + 6 <= len(data):
-                delay = _u16(data, position + 4) * 10
-            position, _ = _skip_sub_blocks(data, position + 2)
-            continue
-        if position + 10 > len(data):
-            break
-        x, y, frame_width, frame_height = (_u16(data, position + offset) for offset in (1, 3, 5, 7))
-        drawn = max(drawn[0], x + frame_width), max(drawn[1], y + frame_height)
-        if drawn[0] * drawn[1] > limits.max_canvas_pixels:
-            raise GifRejected(
-                f"frame {len(durations)} makes the canvas {drawn[0]} x {drawn[1]} pixels, "
-                f"{limits.max_canvas_pixels} in all allowed"
-            )
-        if not durations:
-            width, height = drawn
-        if len(durations) == limits.max_frames:
-            raise GifRejected(f"more than {limits.max_frames} frames")
-        if time.monotonic() > deadline:
-            raise GifRejected(f"reading the file took longer than {limits.decode_seconds:g} s")
-        position, complete = _skip_sub_blocks(data, position + 11 + _palette_bytes(data[position + 9]))
-        durations.append(delay if delay > SHORTEST_DELAY_MS else DEFAULT_DELAY_MS)
-        delay = 0
-    if not complete and len(durations) > 1:  # the only frame may still decode: some writers leave off what follows it
-        durations.pop()
-    if not durations:
-        raise GifRejected("truncated before the first frame" if truncated else "no frame in it")
-    return _Layout((width, height), durations, truncated)
-
-
-def _skip_sub_blocks(data: bytes, position: int) -> tuple[int, bool]:
-    """Position after a chain of sub-blocks (each: length, bytes; 0 ends it), and whether the end was there."""
-    end = len(data)
-    while position < end:
-        length = data[position]
-        if length == 255:  # nearly all are full: take runs of them at once
-            run = data[position : position + 256 * 256 : 256]
-            position += 256 * (len(run) - len(run.lstrip(b"\xff")))
-            continue
-        position += length + 1
-        if not length:
-            return position, True
-    return end, False
-
-
-def _palette_bytes(flags: int) -> int:
-    return 3 << ((flags & 7) + 1) if flags & 128 else 0
-
-
-def _u16(data: bytes, position: int) -> int:
-    return data[position] | data[position + 1] << 8
-
-
-def _kind(data: bytes) -> str:
-    """What a file that is no GIF seems to be, by its first bytes."""
-    if not data:
-        return "an empty file"
-    for name, found in {
-        "a JPEG image": data.startswith(b"\xff\xd8\xff"),
-        "a PNG image": data.startswith(b"\x89PNG\r\n\x1a\n"),
-        "a WebP image": data[:4] == b"RIFF" and data[8:12] == b"WEBP",
-        "an MP4 video": data[4:8] == b"ftyp",
-        "a WebM or Matroska video": data.startswith(b"\x1aE\xdf\xa3"),
-        "a ZIP archive": data.startswith(b"PK\x03\x04"),
-        "gzip-compressed data": data.startswith(b"\x1f\x8b"),
-    }.items():
-        if found:
-            return name
-    text = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in text:
-        return "an HTML page (an error page in place of the file?)"
-    if text.startswith(b"<?xml"):
-        return "an XML document (an error message in place of the file?)"
-    if text.startswith((b"{", b"[")):
-        return "JSON text (an error message in place of the file?)"
-    return f"it starts with {data[:8]!r}"
-
-
-def _bounded(data: bytes, max_bytes: int) -> bytes:
-    if len(data) > max_bytes:
-        raise GifRejected(f"more than {max_bytes} bytes")
-    return data
-
-
 def _views(durations: Sequence[float], groups: Sequence[int], frames_per_group: int) -> tuple[list[View], list[int]]:
     """The distinct views for ascending group counts, and the frame indices that their rows refer to."""
     samples = {}
@@ -384,44 +230,16 @@ def _views(durations: Sequence[float], groups: Sequence[int], frames_per_group: 
     return [View(groups=count, rows=[row[i] for i in chosen]) for count, chosen in samples.items()], indices
 
 
-def _rgb_frames(
-    data: bytes, indices: Sequence[int], canvas: tuple[int, int], limits: Limits, deadline: float
-) -> Iterator[np.ndarray]:
-    """Yield the frames of these ascending indices, uint8 [height, width, 3]; others are drawn but not converted."""
-    wanted = set(indices)
-    image = None
-    for index in range(indices[-1] + 1):
-        try:
-            if image is None:
-                image = GifImagePlugin.GifImageFile(BytesIO(data))
-            image.seek(index)
-            image.load()
-            frame = _rgb(image, canvas) if index in wanted else None
-        except MemoryError:
-            raise  # the machine's state, not the file's: its size was checked
-        except Exception as error:  # damaged files raise nearly every kind in Pillow
-            raise _BrokenFrame(index) from error
-        if time.monotonic() > deadline:
-            raise GifRejected(f"decoding took longer than {limits.decode_seconds:g} s (at frame {index})")
-        if frame is not None:
-            yield frame
-
-
-def _rgb(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:
-    """The middle square of the current frame's canvas, transparent pixels on BACKGROUND: uint8 [side, side, 3]."""
-    side = min(canvas)
-    left, top = ((length - side) // 2 for length in canvas)
-    if image.size != (side, side):  # first, so that nothing is done to what is cut away
-        image = image.crop((left, top, left + side, top + side))
-    # Pillow's has_transparency_data fails where a grey GIF's second frame is in mode P without a palette object.
-    if image.mode == "RGBA" or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        if layer.getchannel("A").getextrema() != (255, 255):
-            image = Image.new("RGB", layer.size, BACKGROUND)
-            image.paste(layer, mask=layer)
-        else:
-            image = layer
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+def _square_frames(animation: Animation, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield the middle squares of the frames of these ascending indices, uint8 [side, side, 3]; all are drawn."""
+    wanted, end, side = set(indices), indices[-1] + 1, min(animation.canvas)
+    left, top = ((length - side) // 2 for length in animation.canvas)
+    index = -1
+    for index, frame in enumerate(islice(animation.draw(), end)):
+        if index in wanted:
+            yield np.asarray(frame.crop((left, top, left + side, top + side)))
+    if index + 1 < end:
+        raise BrokenFrame(index + 1)
 
 
 @lru_cache(maxsize=512)
@@ -443,15 +261,29 @@ def _transform_pixels(frames: np.ndarray, transforms: Sequence[A.BasicTransform]
 def _image_bytes(image: Image.Image, max_bytes: int) -> bytes:
     # Pillow drops `fp` once a frame is loaded, but keeps the file of an animation open as `_fp`.
     file = getattr(image, "fp", None) or getattr(image, "_fp", None)
-    if isinstance(image, GifImagePlugin.GifImageFile) and file is not None:
-        position = file.tell()
-        file.seek(0)
-        data = file.read(max_bytes + 1)
-        file.seek(position)
-        return data
-    position = image.tell()
-    frames = [_writable(frame) for frame in ImageSequence.Iterator(image)]
-    image.seek(position)
+    # a copy keeps what Pillow read of the animation, but of its frames only the one that was shown
+    if not isinstance(image, ImageFile.ImageFile) and ("loop" in image.info or image.info.get("duration")):
+        raise GifRejected(
+            "the Pillow image is a copy of one frame of an animation: give the image that Image.open returned, or the "
+            "file's path or bytes (for this frame alone, delete loop and duration from the image's info)"
+        )
+    try:
+        if isinstance(image, GifImagePlugin.GifImageFile) and file is not None:
+            position = file.tell()
+            file.seek(0)
+            data = file.read(max_bytes + 1)
+            file.seek(position)
+            return data
+        position = image.tell()
+        frames = [_writable(frame) for frame in ImageSequence.Iterator(image)]
+        image.seek(position)
+    except ValueError as error:  # so say Pillow and Python's files
+        raise GifRejected(
+            "the Pillow image, or the file that it was opened from, is closed: ask before it is closed, or give the "
+            "file's path or bytes"
+        ) from error
+    except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG chunk as a SyntaxError
+        raise GifRejected("the file of the Pillow image is damaged") from error
     buffer = BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
     return buffer.getvalue()
@@ -473,8 +305,10 @@ def _zip_member(archive: str, member: str, max_bytes: int) -> bytes:
             return file.read(max_bytes + 1)
     except KeyError as error:
         raise GifRejected(f"{member} is not in {archive}") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise GifRejected(f"{member} cannot be read from {archive}: {error}") from error
+    except RuntimeError as error:  # NotImplementedError among them
+        raise GifRejected(f"{member} cannot be read from {archive}: it is encrypted, or packed as few are") from error
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise GifRejected(f"{member} cannot be read from {archive}: the archive is damaged") from error
 
 
 @lru_cache(maxsize=4)

@@ -17,6 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 from urllib.parse import quote, urlsplit
 
+from helpers.gifs.kinds import SIGNATURE_BYTES, refusal
+
 HEADERS = {
     "User-Agent": "Mozilla/5.0 (compatible; gif-qa)",
     "Accept": "image/gif",  # Tumblr answers with an HTML page to whoever also accepts one
@@ -24,7 +26,6 @@ HEADERS = {
 }
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 CHUNK = 1 << 16
-SIGNATURE_BYTES = 16
 
 
 class FetchError(Exception):
@@ -57,23 +58,6 @@ def _opener() -> urllib.request.OpenerDirector:
     ):
         opener.add_handler(handler())
     return opener
-
-
-def content_error(start: bytes) -> str | None:
-    """What a file is instead of a GIF, from its first bytes (16 are enough); None if it starts as a GIF does."""
-    if start[:6] in (b"GIF87a", b"GIF89a"):
-        return None
-    if not start:
-        return "empty answer"
-    kinds = {b"\xff\xd8\xff": "a JPEG image", b"\x89PNG": "a PNG image", b"PK\x03\x04": "a zip archive"}
-    kind = next((name for magic, name in kinds.items() if start.startswith(magic)), None)
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        kind = "a WebP image"
-    elif start[4:8] == b"ftyp":
-        kind = "an MP4 video"
-    elif start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
-        kind = "an HTML page"
-    return f"not a GIF but {kind}" if kind else f"not a GIF (it starts with {start[:6]!r})"
 
 
 def fetch(
@@ -169,7 +153,7 @@ class _Transfer:
         while chunk := response.read1(CHUNK):
             self.data += chunk
             if not checked and len(self.data) >= SIGNATURE_BYTES:
-                self._check_content()  # early, so that a video is not loaded to its end
+                self._check_content()  # early, so that what is not read is not loaded to its end
                 checked = True
             if len(self.data) > self.max_bytes:
                 raise FetchError(f"too large: more than {self.max_bytes:,} bytes")
@@ -187,7 +171,7 @@ class _Transfer:
             raise FetchError(f"the server sent another part than asked for ({place})", transient=True)
 
     def _check_content(self) -> None:
-        if reason := content_error(bytes(self.data[:SIGNATURE_BYTES])):
+        if reason := refusal(bytes(self.data[:SIGNATURE_BYTES])):
             raise FetchError(reason)
 
 

@@ -15,7 +15,16 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from helpers.config import ConfigError, Profile, load_profile, nearest, parse_override, profile_keys, read_typed
+from helpers.config import (
+    ConfigError,
+    Profile,
+    is_removed,
+    load_profile,
+    nearest,
+    parse_override,
+    profile_keys,
+    read_typed,
+)
 from helpers.runner.outcome import EXIT_CODES
 from helpers.stage.suite import COMMON_PARAMETERS, StageSpec, Suite, load_suite, model_of, suite_file
 from helpers.workspace.names import shown
@@ -145,7 +154,7 @@ def sort_parameters(
     for name, text in pairs:
         if name in COMMON_PARAMETERS:
             raise ConfigError(f"-p {name}: use --profile, --run, or -p SECTION.KEY VALUE")
-        if name in keys:
+        if name in keys or is_removed(name):
             overrides[name] = parse_override(name, text)
         elif name in own:
             for stage, defaults in declared.items():

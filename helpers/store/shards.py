@@ -155,7 +155,6 @@ def _frame_settings(data: "DataConfig", frames_per_group: int, min_frames: int) 
             "max_canvas_pixels": data.max_canvas_pixels,
             "max_frames": data.max_frames,
             "max_bytes": data.max_bytes,
-            "decode_seconds": data.decode_seconds,
             "min_frames": min_frames,
         },
     }

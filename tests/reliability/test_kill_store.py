@@ -56,7 +56,6 @@ def data_config(workers: int) -> DataConfig:
         max_canvas_pixels=100_000,
         max_frames=100,
         max_bytes=1_000_000,
-        decode_seconds=20.0,
         workers=workers,
     )
 

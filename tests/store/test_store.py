@@ -50,7 +50,6 @@ def data_config(**changes) -> DataConfig:
         "max_canvas_pixels": 100_000,
         "max_frames": 200,
         "max_bytes": 1_000_000,
-        "decode_seconds": 20.0,
         "workers": 1,
     }
     return DataConfig(**(values | changes))

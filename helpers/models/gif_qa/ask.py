@@ -77,7 +77,7 @@ class GifQA:
         that the model was trained on. Raises GifRejected for a file that is no usable GIF.
         """
         profile = self.model.profile
-        names = ("max_canvas_pixels", "max_frames", "max_bytes", "decode_seconds")
+        names = ("max_canvas_pixels", "max_frames", "max_bytes")
         limits = Limits(**{name: getattr(profile.data, name) for name in names})
         decoded = decode(
             read_gif(gif, limits.max_bytes),
