@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from helpers.workspace.disk import LEFTOVERS, file_sha256
+from helpers.workspace.disk import LEFTOVERS, file_sha256, write_json
 from helpers.workspace.inputs import attached_paths
 
 MOUNT_DEPTH = 3  # folders at most between the inputs' folder and what one source carries: notebooks/owner/slug
@@ -91,4 +91,4 @@ def pack(run: str, name: str, folder: Path, target: Path) -> None:
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and not _passing(path)):
             content.add(path, path.relative_to(folder).as_posix(), recursive=False)
     note = {"stage": [run, name], "archive": archive.name, "sha256": file_sha256(archive)}
-    (target / HANDOVER).write_text(json.dumps(note, indent=1), encoding="utf-8")
+    write_json(target / HANDOVER, note)
