@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from helpers.workspace.disk import remove, sync, whole
+from helpers.workspace.names import files_below
 
 CONTRACT_VERSION = 1  # raised by hand when the same GIFs and settings would give other rows
 BATCH_GIFS = 64  # GIFs between two commits, hence the most that a killed run does again ...
@@ -124,10 +125,9 @@ def _version(manifest: Path) -> int:
 
 def sync_table(path: Path, since: float) -> None:
     """Force to disk what was written to a table after `since` (seconds since 1970), so that its newest commit stays."""
-    written = [file for file in path.rglob("*") if file.stat().st_mtime >= since - CLOCK_SECONDS]
-    for file in sorted(written, reverse=True):
-        sync(file)
-    sync(path)
+    written = [file for file in files_below(path) if file.stat().st_mtime >= since - CLOCK_SECONDS]
+    for place in [*written, *{file.parent for file in written}, path]:
+        sync(place)
 
 
 def write_sorted(source: lance.LanceDataset, order: np.ndarray, schema: pa.Schema, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Kills and power cuts: `./run_all.sh bench reliability` stops notebooks 01 to 05 at random and compares what they make.
+"""Kills and power cuts: `./run_all.sh bench reliability` stops notebooks 01 to 05 at random.
 
 A world of a dozen GIFs and a few problems goes through the notebooks' own cells, in a process forked from one that has
 done the imports. The process is killed by -9 at a random moment; after some kills a random file below the run is
@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -211,10 +210,10 @@ def trial(
                 told["kills"] += 1
                 history.append("killed")
                 share = emptied / max(kills, 1)
-                if told["damaged"] < emptied and (chance.random() < share or told["kills"] >= kills):
-                    if done := damage(runs / RUN, chance) if (runs / RUN).is_dir() else "":
-                        told["damaged"] += 1
-                        history.append(done)
+                due = told["damaged"] < emptied and (chance.random() < share or told["kills"] >= kills)
+                if due and (done := damage(runs / RUN, chance)):
+                    told["damaged"] += 1
+                    history.append(done)
                 continue
             calm_tries += 1
             if code == 0 or calm_tries > STUCK:
