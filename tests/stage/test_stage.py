@@ -17,7 +17,14 @@ import torch
 from helpers import stage as stages
 from helpers.config import load_profile
 from helpers.stage import lock, notebook, pace
-from helpers.stage.manifest import StageConflict, check_conflict, differences, fingerprint, stage_settings
+from helpers.stage.manifest import (
+    StageConflict,
+    check_conflict,
+    differences,
+    fingerprint,
+    read_manifest,
+    stage_settings,
+)
 from helpers.stage.notebook import Stage
 from helpers.stage.suite import StageError
 from helpers.workspace import write_json
@@ -415,3 +422,27 @@ def test_manifest_is_whole_whenever_the_writer_is_killed(world):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert len(json.loads(path.read_text())["rows"]) == 2000
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"yy"])
+def test_a_finished_stage_whose_output_is_damaged_is_made_again(damage):
+    stage = Stage("one", profile="tiny")
+    (stage.folder / "table.txt").write_text("xx")
+    stage.finish({}, ["table.txt"])
+    Stage("one", profile="tiny")
+    assert read_manifest(stage.folder)["status"] == "complete"  # whole, it stands
+    (stage.folder / "table.txt").write_bytes(damage)
+    with pytest.raises(StageError, match=r"table\.txt is lost or damaged; make it again: ./run_all.sh --from one"):
+        Stage("two", profile="tiny").input("one")
+    with pytest.warns(UserWarning, match=r"table\.txt is lost or damaged: one is made again"):
+        Stage("one", profile="tiny")
+    assert read_manifest(stage.folder) is None
+
+
+def test_a_stage_with_a_damaged_manifest_is_made_again():
+    stage = Stage("one", profile="tiny")
+    stage.finish({})
+    (stage.folder / "stage.json").write_bytes(b"")
+    with pytest.warns(UserWarning, match="one is made again"):
+        Stage("one", profile="tiny").finish({})
+    assert read_manifest(stage.folder)["status"] == "complete"

@@ -101,7 +101,7 @@ def test_damaged_shards_and_journals_end_as_calm_ones(tmp_path, corpus, monkeypa
             stop_after(patch, shards.lance, "write_dataset", 4 + 1 + 1)
             shards.shard_gifs(corpus, before, DATA)
         assert list(before.glob("unfinished/*.lance"))
-    assert each_damage(before, lambda folder: shards.shard_gifs(corpus, folder, DATA), expected, tmp_path) > 10
+    assert each_damage(before, lambda folder: shards.shard_gifs(corpus, folder, DATA), expected, tmp_path) > 5
 
 
 def test_an_empty_manifest_loses_one_commit_and_is_told(tmp_path, corpus, monkeypatch):
