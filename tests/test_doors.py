@@ -44,6 +44,10 @@ IMPORTS_BY_NAME = {"helpers/workspace/place.py"}  # asks Colab for secrets by a 
 WITHOUT_TORCH = ("scoring", "corpora", "stage", "config")
 STANDARD_LIBRARY_ALONE = ("workspace", "install")
 
+MOVES = {"os.replace", "os.rename", "os.renames", "shutil.move", "path.replace", "path.rename"}
+WRITES = {"helpers/workspace/disk.py"}
+SEARCHES = WRITES | {"helpers/workspace/inputs.py", "helpers/workspace/names.py"}
+
 
 @dataclass(frozen=True)
 class Import:
@@ -213,10 +217,33 @@ def full_faces(root: Path) -> Iterator[str]:
                 yield f"{path.relative_to(root).as_posix()}:{node.lineno}: a face only hands names on"
 
 
+def own_writes(root: Path) -> Iterator[str]:
+    """Rule 7: what gets a name on disk gets it in workspace/disk, whole and forced to disk; what is searched for below
+    a folder of inputs is found by workspace/inputs or workspace/names.
+
+    A `.replace` of one argument is a path's (a text's has two), as is a `.rename` of one that is no keyword.
+    """
+    for path in files_of(root).values():
+        here = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                alone = owner not in ("os", "shutil") and len(node.args) == 1 and not node.keywords
+                names = [f"{'path' if alone else owner}.{node.func.attr}"]
+            for name in names:
+                if name in MOVES and here not in WRITES:
+                    yield f"{here}:{node.lineno}: rule 7, {name}: only workspace/disk puts files in their place"
+                if (name in ("os.walk", "os.fwalk") or name.endswith(".rglob")) and here not in SEARCHES:
+                    yield f"{here}:{node.lineno}: rule 7, {name}: only disk, inputs and names of workspace search"
+
+
 def faults_of(root: Path) -> list[str]:
     """Every fault that can be read from the code under `root`."""
     imports = imports_of(root)
-    return [*circles(imports), *wrong_doors(imports), *hidden_imports(root), *full_faces(root)]
+    return [*circles(imports), *wrong_doors(imports), *hidden_imports(root), *full_faces(root), *own_writes(root)]
 
 
 def test_no_import_breaks_a_rule():
@@ -247,6 +274,13 @@ def test_no_import_breaks_a_rule():
         ("rule 6", {"store/a.py": "import helpers\nhelpers.runner"}),
         ("rule 6", {"suite.py": "import importlib\nimportlib.import_module('helpers.store')"}),
         ("rule 6", {"suite.py": "from importlib import import_module as find\nfind('helpers.store')"}),
+        ("rule 7", {"store/a.py": "import os\nos.replace('a', 'b')"}),
+        ("rule 7", {"store/a.py": "import shutil\nshutil.move('a', 'b')"}),
+        ("rule 7", {"store/a.py": "from shutil import move\nmove('a', 'b')"}),
+        ("rule 7", {"store/a.py": "def f(path, other):\n    path.rename(other)"}),
+        ("rule 7", {"store/a.py": "def f(path, other):\n    path.replace(other)"}),
+        ("rule 7", {"store/a.py": "def f(path):\n    return list(path.rglob('*'))"}),
+        ("rule 7", {"store/a.py": "import os\n\n\ndef f(path):\n    return list(os.walk(path))"}),
         ("a face", {"store/__init__.py": "def f(): pass"}),
     ],
 )  # fmt: skip
@@ -262,7 +296,7 @@ def test_a_fault_is_told_with_its_rule(tmp_path, rule, code):
     told = faults_of(tmp_path)
     assert any(f": {rule}" in fault for fault in told), told
     assert all(fault.startswith("helpers/") and fault.split(":")[1].isdigit() for fault in told)
-    if rule in ("rule 6", "a face"):  # these look at more than imports
+    if rule in ("rule 6", "rule 7", "a face"):  # these look at more than imports
         return
     for name, text in code.items():
         hidden = "if TYPE_CHECKING:\n    " + (text or "pass").replace("\n", "\n    ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ from helpers.corpora.tasks import (
 )
 from helpers.scoring.baselines import shuffle_gifs
 from helpers.stage.pace import PACE_FILE, DeadlineReached, probe_steps
-from helpers.workspace.disk import whole, write_json
+from helpers.store.tables import read_parquet
+from helpers.workspace.disk import read_json, whole, write_json
 
 if TYPE_CHECKING:
     from helpers.config import EvaluationConfig
@@ -113,22 +113,30 @@ def predict(
 def _note_pace(folder: Path, task: str, done: int, seconds: float, tasks: pd.Series, passes: int) -> None:
     """Write the newest pace of each task, and how many answers of it are still to be given in all passes."""
     file = folder / PACE_FILE
-    noted = {pace["unit"]: pace for pace in json.loads(file.read_text())} if file.is_file() else {}
+    noted = {pace["unit"]: pace for pace in read_json(file) or []}
     noted[f"{task} answers"] = {"done": done, "seconds": seconds}
     paces = []
     for name, count in tasks.value_counts().items():
-        kept = sum(pq.read_metadata(part).num_rows for part in folder.glob(f"*/{name}-*.parquet"))
+        kept = sum(_rows(part) for part in folder.glob(f"*/{name}-*.parquet"))
         unit = f"{name} answers"
         pace = noted.get(unit, {"done": 0, "seconds": 0.0})
         paces.append(pace | {"unit": unit, "left": max(0, passes * int(count) - kept)})
     write_json(file, paces)
 
 
+def _rows(part: Path) -> int:
+    """How many answers a part holds; a damaged one, which will be dropped where it is needed, holds none."""
+    try:
+        return pq.read_metadata(part).num_rows
+    except (OSError, ValueError):
+        return 0
+
+
 def _finished(part: Path | None, rows: pd.DataFrame) -> pd.DataFrame | None:
     """Answers of an earlier run, or None if there are none or they are of other questions or GIFs."""
-    if part is None or not part.is_file():
+    answers = None if part is None else read_parquet(part)
+    if answers is None:
         return None
-    answers = pd.read_parquet(part)
     same = all(answers[name].tolist() == rows[name].tolist() for name in ("question_id", "seen_gif_sha256"))
     return answers if same else None
 

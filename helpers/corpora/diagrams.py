@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from helpers.workspace.disk import whole
+from helpers.workspace.disk import hashes, read_json, whole, write_json
 
 SIZE = 64  # pixels, side of an image
 FINE = 4  # drawn this many times larger and averaged down, so that edges are smooth
@@ -347,8 +347,8 @@ def write(folder: str | Path, *, seed: int, train: int, val: int, test: int) -> 
     """
     folder = Path(folder)
     made = {"seed": seed, "train": train, "val": val, "test": test}
-    note = folder / "world.json"
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made:
+    found = read_json(folder / "world.json") or {}
+    if found.pop("files", None) == hashes(folder, ["world.json"]) and found == made:
         return folder
     with whole(folder) as staging:
         records: dict[str, dict[str, Any]] = {}
@@ -367,7 +367,8 @@ def write(folder: str | Path, *, seed: int, train: int, val: int, test: int) -> 
                     path.parent.mkdir(parents=True)
                     draw(problem.diagram).save(path)
         staging.mkdir(parents=True, exist_ok=True)
-        contents = {"problems": records, "pid_splits": splits, "captions": {"captions": captions}, "world": made}
+        contents = {"problems": records, "pid_splits": splits, "captions": {"captions": captions}}
         for name, content in contents.items():
             (staging / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(staging / "world.json", made | {"files": hashes(staging)})
     return folder

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from helpers.corpora import tgif_qa
 from helpers.corpora.own_gifs import write_own_gifs_csv
 from helpers.corpora.schema import Corpus
-from helpers.workspace.disk import whole
+from helpers.workspace.disk import file_sha256, read_json, whole, write_json
 
 SHAPES = {
     "circle": "circles",
@@ -499,11 +499,16 @@ def _interlaced(frames: list[Image.Image], durations_ms: tuple[int, ...]) -> byt
 
 def _write_gifs(folder: Path, scenes: list[Scene], what: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    note = folder.parent / f".{what}.json"  # without it nothing tells a GIF that a stop of the machine has cut
+    known = read_json(note) or {}
     for scene in tqdm(scenes, desc=f"drawing {what} GIFs", unit="GIF", mininterval=1):
         path = folder / f"{scene.name}.gif"
-        if not path.exists():
+        if not path.is_file() or file_sha256(path) != known.get(path.name):
             with whole(path) as temporary:
                 write_gif(scene, temporary)
+    drawn = {f"{scene.name}.gif": file_sha256(folder / f"{scene.name}.gif") for scene in scenes}
+    if drawn != known:
+        write_json(note, drawn)
 
 
 def _splits(seed: int, train: int, test: int) -> Iterator[tuple[str, list[Scene], pd.DataFrame]]:
@@ -592,7 +597,7 @@ def _write_task_file(
             )
         else:
             lines.append([row.gif, row.question, *row.options, row.label, *ids])
-    with path.open("w", newline="", encoding="ascii") as file:
+    with whole(path) as temporary, temporary.open("w", newline="", encoding="ascii") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\r\n", quoting=csv.QUOTE_NONE)
         writer.writerow(header)
         writer.writerows(lines)

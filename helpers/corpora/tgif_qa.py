@@ -11,7 +11,6 @@ the very GIF, and is never carried along.
 from __future__ import annotations
 
 import csv
-import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -236,11 +235,9 @@ def gif_name(path: str) -> str | None:
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, str]]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not is_leftover(name))
-        for file in sorted(files):
-            if name := gif_name(file):
-                yield name, str(Path(parent) / file)
+    for file in files_below(folder):
+        if name := gif_name(file.name):
+            yield name, str(file)
 
 
 def _in_archive(archive: Path, rejects: list[tuple[str, str, str]]) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,7 @@ from helpers.plots.look import (
     percent_text,
     require_rows,
 )
+from helpers.workspace.disk import whole
 
 
 @plt.rc_context(STYLE)
@@ -166,6 +167,6 @@ def asked_gif(
         page.paste(panel, (side, 0))
         pictures.append(page.quantize(64, dither=Image.Dither.NONE))
     durations = np.diff([*times_ms, max(duration_ms, times_ms[-1] + 20)]).clip(20).round(-1).astype(int).tolist()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    with whole(path) as temporary:
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     return path

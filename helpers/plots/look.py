@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from helpers.workspace.disk import whole
+
 # Okabe and Ito's palette (2008): told apart with every common form of colour blindness.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -46,8 +48,8 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options) ->
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write `figure` as PNG to `path`, making its folder, and return the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=STYLE["savefig.dpi"])
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=STYLE["savefig.dpi"], format="png")
     return path
 
 

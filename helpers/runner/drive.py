@@ -8,6 +8,7 @@ from pathlib import Path
 from helpers.runner.plan import RunPlan
 from helpers.stage.suite import StageSpec
 from helpers.workspace.disk import file_sha256, folder_bytes, require_disk, whole
+from helpers.workspace.names import files_below
 from helpers.workspace.place import COLAB_CONTENT, platform
 
 DRIVE = COLAB_CONTENT / "drive" / "MyDrive"
@@ -45,13 +46,13 @@ def copy_verified(source: Path, target: Path, attempts: int = 5, wait: float = 2
     was cut has none and counts as not done. Hidden files are left out; files that `source` lacks are removed. Raises
     OSError if all attempts at a file fail.
     """
-    files = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    files = [path.relative_to(source) for path in files_below(source)]
     files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
     if (target / "stage.json").is_file() and not (source / "stage.json").is_file():
         (target / "stage.json").unlink()
     for file in sorted(files, key=lambda file: file.name == "stage.json"):
         _copy_file(source / file, target / file, attempts, wait)
-    for path in [path for path in target.rglob("*") if path.is_file()]:
+    for path in files_below(target):
         if path.relative_to(target) not in files:
             path.unlink()
 

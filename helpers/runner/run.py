@@ -31,10 +31,11 @@ from helpers.stage.manifest import (
     settings_differences,
     settings_key,
     stage_settings,
+    step_back,
 )
 from helpers.stage.pace import DeadlineReached
 from helpers.stage.suite import StageError, StageSpec
-from helpers.workspace.disk import DiskFull, folder_bytes, put_in_place, require_disk
+from helpers.workspace.disk import DiskFull, folder_bytes, put_in_place, require_disk, whole, write_text
 from helpers.workspace.machine import gpus
 from helpers.workspace.place import runs_root, session_end, session_seconds, share_secrets
 
@@ -137,7 +138,8 @@ def execute(plan: RunPlan, spec: StageSpec) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         book = filled_in(plan.notebooks / f"{spec.name}.ipynb", values | plan.parameters[spec.name])
-        nbformat.write(book, output)
+        with whole(output) as temporary:
+            nbformat.write(book, temporary)
     except OSError as error:
         raise StageError(f"{spec.name} cannot start: {fault_of(error, output)}") from error
     try:
@@ -346,7 +348,10 @@ def _run(plan: RunPlan, deadline: float) -> int:
         hold_lock(locks[0], f"workspace {runs_root()}", instead="set RUNS_ROOT to another folder")
         hold_lock(locks[1], f"run {plan.run!r}")
         if plan.upstream:
-            (plan.folder / "upstream").write_text(plan.upstream + "\n", encoding="utf-8")
+            write_text(plan.folder / "upstream", plan.upstream + "\n")
+        for spec in plan.specs if not plan.force else []:
+            if (plan.folder / spec.name).is_dir() and not spec.always:
+                step_back(plan.folder / spec.name)
         print(f"Run {plan.run!r}, profile {plan.profile.name!r}, in {plan.folder}", flush=True)
         take_from_drive(plan)
         code = DONE

@@ -12,8 +12,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from helpers.workspace.disk import LEFTOVERS, file_sha256
+from helpers.workspace.disk import LEFTOVERS, file_sha256, write_json
 from helpers.workspace.inputs import attached_paths
+from helpers.workspace.names import files_below
 
 MOUNT_DEPTH = 3  # folders at most between the inputs' folder and what one source carries: notebooks/owner/slug
 HANDOVER = "handover.json"  # marks a data set that carries the unfinished work of a run which died
@@ -75,9 +76,7 @@ def take_over(run: str, name: str, folder: Path) -> bool:
 
 def holds_work(folder: Path) -> bool:
     """Whether a stage's folder holds anything that a later session could go on with."""
-    return (folder / "started.json").is_file() and any(
-        path.is_file() and path.name not in NOT_WORK for path in folder.rglob("*")
-    )
+    return (folder / "started.json").is_file() and any(path.name not in NOT_WORK for path in files_below(folder))
 
 
 def _passing(path: Path) -> bool:
@@ -93,7 +92,7 @@ def pack(run: str, name: str, folder: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     archive = target / "work.bin"
     with tarfile.open(archive, "w") as content:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and not _passing(path)):
+        for path in [path for path in files_below(folder) if not _passing(path)]:
             content.add(path, path.relative_to(folder).as_posix(), recursive=False)
     note = {"stage": [run, name], "archive": archive.name, "sha256": file_sha256(archive)}
-    (target / HANDOVER).write_text(json.dumps(note, indent=1), encoding="utf-8")
+    write_json(target / HANDOVER, note)

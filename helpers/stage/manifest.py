@@ -21,6 +21,7 @@ from typing import Any
 from helpers.config import PACING, Profile, before_of, deciding
 from helpers.stage.attached import attached_stage
 from helpers.stage.suite import StageError, StageSpec
+from helpers.workspace.disk import read_json, remove
 from helpers.workspace.inputs import attached_paths
 from helpers.workspace.names import files_below
 from helpers.workspace.place import repo_root
@@ -208,7 +209,9 @@ def check_conflict(folder: Path, settings: Mapping[str, Any]) -> None:
         marker, own = folder / "started.json", {"started.json", ".lock", f"{folder.name}.ipynb"}
         if not marker.is_file() or {path.name for path in folder.iterdir()} <= own:
             return
-        old, what = json.loads(marker.read_text(encoding="utf-8")), "is unfinished"
+        old, what = read_json(marker), "is unfinished"
+        if old is None:  # every piece of the work is compared with the settings by itself
+            return
     found = settings_differences(old, settings)
     if found:
         raise StageConflict(
@@ -253,12 +256,54 @@ def describe_outputs(
         if not path.exists() or not path.resolve().is_relative_to(folder.resolve()):
             raise StageError(f"{folder.name}: output {output} does not exist inside {folder}")
         relative = path.resolve().relative_to(folder.resolve()).as_posix()
-        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-        records.append({"path": relative, "bytes": sum(file.stat().st_size for file in files)})
+        record = _record(path)
+        records.append({"path": relative, "bytes": record["bytes"]})
         # equal Lance tables are not equal files, and shards are large: there the settings stand for the content
-        contents[relative] = "" if ".lance" in {p.suffix for p in (path, *files)} else fingerprint(path)
+        contents[relative] = record["content"]
     key = settings_key(settings)
     return records, hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Bytes and content's hash of an output; "" of one that is a Lance table or holds some."""
+    files = files_below(path) if path.is_dir() else [path]
+    tables = any(part.endswith(".lance") for file in (path, *files) for part in file.relative_to(path.parent).parts)
+    return {"bytes": sum(file.stat().st_size for file in files), "content": "" if tables else fingerprint(path)}
+
+
+def contents_of(folder: Path, outputs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the hash of each output's content, by its path, for `damaged_outputs`; "" of Lance tables."""
+    return {output["path"]: _record(folder / output["path"])["content"] for output in outputs}
+
+
+def damaged_outputs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the paths of a finished stage's outputs that are lost, or not what they were when it was finished.
+
+    A manifest of an earlier version tells no contents: then the sizes decide.
+    """
+    contents, found = manifest.get("contents") or {}, []
+    for output in manifest["outputs"]:
+        path = folder / output["path"]
+        now = _record(path) if path.exists() else {}
+        if now.get("bytes") != output["bytes"] or now["content"] != contents.get(output["path"], now["content"]):
+            found.append(output["path"])
+    return found
+
+
+def step_back(folder: Path) -> None:
+    """Let a stage of this run that was finished, and whose files were damaged since, count as unfinished.
+
+    It is told in a warning. The stage's work then goes on from what of it is whole.
+    """
+    try:
+        manifest = read_manifest(folder)
+        damaged = damaged_outputs(folder, manifest) if manifest and manifest["status"] == "complete" else []
+        told = f"of {folder} {', '.join(damaged)} is lost or damaged" if damaged else ""
+    except StageError as error:
+        told = str(error).partition(";")[0]
+    if told:
+        warnings.warn(f"{told}: {folder.name} is made again from what is whole", stacklevel=2)
+        remove(folder / "stage.json")
 
 
 def check_outputs(folder: Path) -> dict[str, Any]:

@@ -12,12 +12,15 @@ from helpers.stage.lock import LOCK_PATIENCE, hold_lock
 from helpers.stage.manifest import (
     check_conflict,
     code_version,
+    contents_of,
+    damaged_outputs,
     describe_outputs,
     find_stage,
     plain_values,
     read_manifest,
     settings_key,
     stage_settings,
+    step_back,
 )
 from helpers.stage.pace import DeadlineReached, deadline, own_pace
 from helpers.stage.suite import StageError, StageSpec, load_suite, needs_gpu, suite_file
@@ -98,6 +101,7 @@ class Stage:
             _end_green(self)
         if not self._spec.always:  # what only shows the present state may be open several times at once
             hold_lock(self.folder / ".lock", f"{name} of run {self._run_folder.name!r}", LOCK_PATIENCE)
+            step_back(self.folder)
             check_conflict(self.folder, self._settings)
             clear_leftovers(self.folder)
         if set(self._settings["inputs"]) == set(self._spec.inputs):
@@ -124,9 +128,10 @@ class Stage:
                 f"{self.name} needs {name}, which is only partly done in run {self._run_folder.name!r}: "
                 f"run it again and it goes on from where it stopped (./run_all.sh --from {name})"
             )
-        lost = [output["path"] for output in manifest["outputs"] if not (folder / output["path"]).exists()]
-        if lost:
-            raise StageError(f"{folder} has lost {', '.join(lost)}; make it again: ./run_all.sh --only {name} --force")
+        if lost := damaged_outputs(folder, manifest):
+            own = folder.parent.parent == runs_root()
+            advice = f"make it again: ./run_all.sh --from {name}" if own else "attach a whole copy of it"
+            raise StageError(f"of {folder} {', '.join(lost)} is lost or damaged; {advice}")
         return folder
 
     @property
@@ -150,6 +155,7 @@ class Stage:
             "seconds": round(self._before + time.monotonic() - self._began, 1),
             "metrics": plain_values(metrics),
             "outputs": records,
+            "contents": contents_of(self.folder, records),
             "settings": self._settings,
             "key": settings_key(self._settings),
             "digest": digest,

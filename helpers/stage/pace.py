@@ -1,6 +1,5 @@
 """How fast a stage is, how long it may go on, and what that makes of what is left."""
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.stage.suite import StageError
-from helpers.workspace.disk import write_json
+from helpers.workspace.disk import read_json, write_json
 from helpers.workspace.place import session_end
 
 
@@ -45,7 +44,7 @@ def note_pace(folder: Path, unit: str, done: int, seconds: float, left: int, fol
     Other units in the file stay. follow: units of as many pieces (`done` and `left` together) that come after it.
     """
     file = folder / PACE_FILE
-    paces = {pace["unit"]: pace for pace in json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+    paces = {pace["unit"]: pace for pace in read_json(file) or []}
     paces[unit] = {"unit": unit, "done": done, "seconds": seconds, "left": left}
     for name in follow:
         paces.setdefault(name, {"unit": name, "done": 0, "seconds": 0.0, "left": done + left})
@@ -66,7 +65,7 @@ def own_pace(folder: Path) -> tuple[float, str] | None:
     files = [*folder.glob(PACE_FILE), *folder.glob(f"*/{PACE_FILE}"), *folder.glob(f"parts/*/{PACE_FILE}")]
     paces: dict[str, dict[str, Any]] = {}
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
-        for pace in json.loads(file.read_text(encoding="utf-8")):
+        for pace in read_json(file) or []:
             if pace["done"] or pace["unit"] not in paces:
                 paces[pace["unit"]] = pace
     known = {unit: pace["seconds"] / pace["done"] for unit, pace in paces.items() if pace["done"]}

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from helpers.stage.pace import PACE_FILE, DeadlineReached, note_pace, probe_steps
 from helpers.store.features import feature_row, feature_schema, upsert_features
 from helpers.store.frames import FrameTable, decompressed
-from helpers.store.tables import BATCH_GIFS, BATCH_SECONDS, StoreError, open_table, write_sorted
+from helpers.store.tables import BATCH_GIFS, BATCH_SECONDS, StoreError, open_table, recover_table, write_sorted
 from helpers.workspace.disk import folder_bytes, put_in_place, require_disk
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ def _stored_features(out: Path, work: Path, encoder_key: str, schema: pa.Schema)
     """{gif_sha256: {groups: frames}} of what is there already; refuses rows that may not be mixed with new ones."""
     if out.exists():  # then `work` can only be what a run killed after its last rename left behind
         shutil.rmtree(work, ignore_errors=True)
-    dataset = open_table(out if out.exists() else work)
+    dataset = recover_table(out, "features of all GIFs")
+    if dataset is None:
+        dataset = recover_table(work, "features of the GIFs encoded last")
     if dataset is None:
         return {}
     rows = dataset.to_table(columns=["gif_sha256", "encoder_key", "groups", "lengths"]).to_pylist()

@@ -6,7 +6,6 @@ unfinished one sorted by `gif_sha256` and put in its place whole: it has the sam
 interrupted.
 """
 
-import json
 import math
 import shutil
 import time
@@ -32,12 +31,15 @@ from helpers.store.tables import (
     StoreError,
     digest_of,
     open_table,
+    read_parquet,
+    recover_table,
+    sync_table,
     write_parquet,
     write_questions,
     write_sorted,
 )
 from helpers.store.workers import Decoders, is_url, with_bytes
-from helpers.workspace.disk import folder_bytes, require_disk, whole
+from helpers.workspace.disk import folder_bytes, read_json, remove, require_disk, write_json
 
 if TYPE_CHECKING:
     from helpers.config import DataConfig
@@ -114,7 +116,7 @@ def shard_gifs(
     settings = _frame_settings(data, frames_per_group, min_frames=2 if remote else 1)
     _claim(folder / "frames", settings | {"shard_size": data.shard_size, "gifs": digest_of(names)})
     shards = [names[start : start + data.shard_size] for start in range(0, len(names), data.shard_size)]
-    todo = [k for k in range(len(shards)) if not _shard_path(folder, k).exists()]
+    todo = [k for k in range(len(shards)) if not _is_whole(folder, k)]
     _require_frame_space(folder, [len(shards[k]) for k in todo], data, frames_per_group)
     begun = len(names) - sum(len(shards[k]) for k in todo) + sum(_journal_size(folder, k) for k in todo)
     with (
@@ -163,12 +165,9 @@ def _frame_settings(data: "DataConfig", frames_per_group: int, min_frames: int) 
 def _claim(frames: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new shard folder, or refuse a folder that was begun with others."""
     path = frames / "settings.json"
-    if not path.exists():
-        frames.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1, sort_keys=True))
+    if (theirs := read_json(path)) is None:  # of shards that lost theirs, what each was made with is compared later
+        write_json(path, settings)
         return
-    theirs = json.loads(path.read_text())
     if changed := differences(theirs, settings):
         raise StoreError(
             f"{frames} holds shards made with other settings or of other GIFs ({'; '.join(changed)}). "
@@ -202,6 +201,24 @@ def _require_measured_space(folder: Path, shards: list[list[str]], done: int) ->
         require_disk(folder, round(per_gif * (sum(rest) + max(rest)), 3), f"Sharding the last {sum(rest):,} GIFs")
 
 
+def _is_whole(folder: Path, k: int) -> bool:
+    """Whether shard k and its sources are there and can be read; what cannot is dropped, and made again."""
+    shard, sources = _shard_path(folder, k), _sources_path(folder, k)
+    if not shard.exists():
+        return False
+    key = frames_key(folder / "frames")
+    table = recover_table(shard, f"frames of shard {k}")
+    other = table is not None and (table.schema.metadata or {}).get(b"frames_key", key.encode()) != key.encode()
+    if table is None or other or read_parquet(sources) is None:
+        remove(shard)
+        return False
+    return True
+
+
+def _sources_path(folder: Path, k: int) -> Path:
+    return folder / "sources" / f"shard-{k:05d}.parquet"
+
+
 def _shard_path(folder: Path, k: int) -> Path:
     return folder / "frames" / f"shard-{k:05d}.lance"
 
@@ -211,12 +228,12 @@ def _journal_path(folder: Path, k: int) -> Path:
 
 
 def _read_sources(folder: Path, k: int) -> pd.DataFrame:
-    table = pd.read_parquet(folder / "sources" / f"shard-{k:05d}.parquet").reindex(columns=SOURCE_COLUMNS)
-    return table.astype(object).where(table.notna(), None)  # earlier shards lack the digests of what is shown
+    table = pd.read_parquet(_sources_path(folder, k)).reindex(columns=SOURCE_COLUMNS).astype(object)
+    return table.where(table.notna(), None)  # earlier shards lack the digests of what is shown
 
 
 def _journal_size(folder: Path, k: int) -> int:
-    journal = open_table(_journal_path(folder, k))
+    journal = recover_table(_journal_path(folder, k), f"GIFs decoded for shard {k}")
     return 0 if journal is None else journal.count_rows()
 
 
@@ -243,8 +260,9 @@ def _fill_journal(
     committed = time.monotonic()
 
     def commit() -> None:
-        mode = "append" if open_table(path) is not None else "create"
+        mode, began = "append" if open_table(path) is not None else "create", time.time()
         lance.write_dataset(pa.Table.from_pylist(rows, schema=JOURNAL_SCHEMA), str(path), mode=mode)
+        sync_table(path, began)
 
     todo = [(name, source) for name, source in sources.items() if name not in done]
     for row in decoders.rows(with_bytes(todo, data)):
@@ -272,7 +290,7 @@ def _finish_shard(folder: Path, k: int) -> None:
     (folder / "sources").mkdir(exist_ok=True)
     fates = table.select(SOURCE_COLUMNS).to_pandas().sort_values("gif", ignore_index=True)
     schema = pa.schema([JOURNAL_SCHEMA.field(column) for column in SOURCE_COLUMNS])
-    write_parquet(fates, folder / "sources" / f"shard-{k:05d}.parquet", schema)
+    write_parquet(fates, _sources_path(folder, k), schema)
     kept = np.flatnonzero(table["num_frames"].is_valid().to_numpy())
     order = kept[np.argsort(np.array(table["gif_sha256"].to_pylist(), dtype=object)[kept])]
     metadata = {"frames_key": frames_key(folder / "frames")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from helpers.workspace.disk import whole
+from helpers.workspace.disk import remove, sync, whole
+from helpers.workspace.names import files_below
 
 CONTRACT_VERSION = 1  # raised by hand when the same GIFs and settings would give other rows
 BATCH_GIFS = 64  # GIFs between two commits, hence the most that a killed run does again ...
 BATCH_SECONDS = 20.0  # ... unless this time passes first
+CLOCK_SECONDS = 5.0  # by which the clock of a mounted disk may differ
 SORT_GIFS = 128  # rows held in memory while a finished table is written
 
 
@@ -59,9 +62,72 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def read_parquet(path: Path) -> pd.DataFrame | None:
+    """The Parquet table in `path`; None where there is none. A damaged one is dropped with a warning, and is none."""
+    if not path.is_file():
+        return None
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        warnings.warn(f"{path} is damaged ({_first_line(error)}): it is dropped and made again", stacklevel=2)
+        remove(path)
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def open_table(path: Path) -> lance.LanceDataset | None:
     """The table at `path`; None if there is none (a process killed before its first commit leaves only data files)."""
     return lance.dataset(str(path)) if any((path / "_versions").glob("*.manifest")) else None
+
+
+def recover_table(path: Path, what: str) -> lance.LanceDataset | None:
+    """The newest version of the table at `path` of which every row can be read; None without any.
+
+    A stop of the machine may leave empty or cut files behind a commit. Versions that need one are dropped with a
+    warning that names `what` is lost with them, so that the work goes on from the version before.
+    """
+    if not path.exists():
+        return None
+    versions = sorted((path / "_versions").glob("*.manifest"), key=_version)
+    dropped = ""
+    while versions:
+        try:
+            dataset = lance.dataset(str(path))
+            for _ in dataset.to_batches(batch_size=SORT_GIFS):
+                pass
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Lance's Rust code
+                raise
+            dropped = dropped or _first_line(error)
+            remove(versions.pop())
+            for hint in (path / "_versions").glob("*hint*"):  # it names the version that is gone
+                remove(hint)
+            sync(path / "_versions")
+        else:
+            break
+    if dropped:
+        kept = "the version before it is gone on with" if versions else "nothing of it can be read, it is made again"
+        warnings.warn(f"{path} is damaged ({dropped}), {what}: {kept}", stacklevel=2)
+    if not versions:
+        remove(path)
+        return None
+    return dataset
+
+
+def _version(manifest: Path) -> int:
+    """The number of a manifest's version; Lance's newer names count down from the largest number of 64 bits."""
+    number = int(manifest.stem) if manifest.stem.isdigit() else 0
+    return 2**64 - 1 - number if number > 2**63 else number
+
+
+def sync_table(path: Path, since: float) -> None:
+    """Force to disk what was written to a table after `since` (seconds since 1970), so that its newest commit stays."""
+    written = [file for file in files_below(path) if file.stat().st_mtime >= since - CLOCK_SECONDS]
+    for place in [*written, *{file.parent for file in written}, path]:
+        sync(place)
 
 
 def write_sorted(source: lance.LanceDataset, order: np.ndarray, schema: pa.Schema, path: Path) -> None:
@@ -78,7 +144,7 @@ def write_sorted(source: lance.LanceDataset, order: np.ndarray, schema: pa.Schem
 def keep(path: Path | str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table in `path`; where there is none yet, that of `make`, which is written there at once or not at all."""
     path = Path(path)
-    if not path.is_file():
+    if read_parquet(path) is None:
         made = make()
         with whole(path) as temporary:
             made.to_parquet(temporary)

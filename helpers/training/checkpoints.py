@@ -16,7 +16,7 @@ from helpers.config import deciding
 from helpers.models.parts import require_finite, tensor_faults
 from helpers.stage.manifest import differences
 from helpers.training.collective import TrainingError
-from helpers.workspace.disk import file_sha256, put_in_place, sync, whole
+from helpers.workspace.disk import file_sha256, put_in_place, whole
 
 # Raised by hand when a run under the same settings would give another result, so that older checkpoints are refused.
 CONTRACT = 1
@@ -63,11 +63,8 @@ def commit_checkpoint(temporary: Path, folder: Path, step: int, info: dict[str, 
     files = sorted(p for p in temporary.iterdir() if p.is_file())
     info = info | {"step": step, "files": {p.name: file_sha256(p) for p in files}}
     (temporary / META).write_text(json.dumps(info, indent=1))
-    for path in [*files, temporary / META, temporary]:
-        sync(path)
     final = folder / f"step-{step:08d}"
     put_in_place(temporary, final)
-    sync(folder)
     for old in _step_folders(folder)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
     return final

@@ -37,6 +37,7 @@ from helpers.training.plan import StepPlan
 from helpers.workspace.machine import compute_dtype, device
 
 SAVE_MARGIN = 3  # saves that must still fit before the deadline: disks on free machines slow down without warning
+CLOCK = ("minutes", "tokens_per_second")  # of a summary
 SLOW_DISK = 50e6  # bytes a second, assumed until a save has been timed
 
 
@@ -257,6 +258,10 @@ class TrainResult:
     history: pd.DataFrame
     waste: float  # padded over real tokens of the whole plan
 
+    def learnt(self) -> dict[str, float]:
+        """`summary` without the clock's numbers: equal for equal work."""
+        return {name: value for name, value in self.summary().items() if name not in CLOCK}
+
     def summary(self) -> dict[str, float]:
         """Numbers for a table or a bundle; losses (nats) are means over the first and last twentieth of the steps."""
         part = max(1, self.steps // 20)
@@ -302,6 +307,8 @@ def fit(
 
     if path and info["step"] == len(plan):
         load_tensors(model, path)
+        if rank() == 0:  # the last that was written before, and so the first that a stop of the machine takes
+            write_history(history, folder)
     elif time.perf_counter() < ends:
         if job.gradient_checkpointing:
             model.gradient_checkpointing_enable()

@@ -4,6 +4,7 @@ from helpers.workspace.disk import (
     LEFTOVERS,
     DiskFull,
     clear_leftovers,
+    copy,
     file_sha256,
     folder_bytes,
     free_gigabytes,
@@ -13,6 +14,7 @@ from helpers.workspace.disk import (
     sync,
     whole,
     write_json,
+    write_text,
 )
 from helpers.workspace.machine import (
     KAGGLE_IMAGE,
@@ -65,6 +67,7 @@ __all__ = [
     "ModelNotFound",
     "clear_leftovers",
     "compute_dtype",
+    "copy",
     "default_profile",
     "device",
     "file_sha256",
@@ -89,4 +92,5 @@ __all__ = [
     "sync",
     "whole",
     "write_json",
+    "write_text",
 ]

@@ -51,7 +51,12 @@ def collect(chosen: list[str]) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Run the command line; returns 0 if every benchmark ran, 2 for an unknown name."""
-    parser = argparse.ArgumentParser(prog="run_all.sh bench", description="Run benchmarks and print their ratios.")
+    if sys.argv[1:2] == ["reliability"]:
+        from tests.benchmarks import reliability  # by its own name, under which forked processes find it
+
+        return reliability.main(sys.argv[2:])
+    told = "`reliability`, with options of its own, is the trial of kills and power cuts."
+    parser = argparse.ArgumentParser(prog="run_all.sh bench", description=f"Run benchmarks, print their ratios. {told}")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(names())} (default: all)")
     parser.add_argument("--json", type=Path, default=runs_root() / "benchmarks.json", help="file to write")
     args = parser.parse_args()

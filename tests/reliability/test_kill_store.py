@@ -26,7 +26,7 @@ from helpers.store.encoding import cache_features
 from helpers.store.features import FeatureTable
 from helpers.store.shards import shard_gifs
 
-KILLS = 5
+KILLS = 2
 # Processes are forked from one that has done the imports and opened no table, so that each starts at once.
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(["helpers.store", "torch"])

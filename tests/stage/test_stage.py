@@ -22,6 +22,7 @@ from helpers.stage.manifest import (
     check_conflict,
     differences,
     fingerprint,
+    read_manifest,
     settings_differences,
     settings_key,
     stage_settings,
@@ -124,7 +125,7 @@ def test_input_is_refused_when_absent_partial_or_damaged():
     stage.finish({}, ["table.txt"])
     assert Stage("two", profile="tiny").input("one") == stage.folder
     (stage.folder / "table.txt").unlink()
-    with pytest.raises(StageError, match=r"has lost table\.txt"):
+    with pytest.raises(StageError, match=r"of .* table\.txt"):
         Stage("two", profile="tiny").input("one")
 
 
@@ -488,3 +489,27 @@ def test_the_blind_twin_beside_a_given_bundle_decides_too(world):
     (world / "blind" / "bundle.json").write_text("another twin")
     [told] = settings_differences(before, real_settings("03_adapter_training", given))
     assert told.startswith("beside.bundle: ")
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"yy"])
+def test_a_finished_stage_whose_output_is_damaged_is_made_again(damage):
+    stage = Stage("one", profile="tiny")
+    (stage.folder / "table.txt").write_text("xx")
+    stage.finish({}, ["table.txt"])
+    Stage("one", profile="tiny")
+    assert read_manifest(stage.folder)["status"] == "complete"  # whole, it stands
+    (stage.folder / "table.txt").write_bytes(damage)
+    with pytest.raises(StageError, match=r"table\.txt is lost or damaged; make it again: ./run_all.sh --from one"):
+        Stage("two", profile="tiny").input("one")
+    with pytest.warns(UserWarning, match=r"table\.txt is lost or damaged: one is made again"):
+        Stage("one", profile="tiny")
+    assert read_manifest(stage.folder) is None
+
+
+def test_a_stage_with_a_damaged_manifest_is_made_again():
+    stage = Stage("one", profile="tiny")
+    stage.finish({})
+    (stage.folder / "stage.json").write_bytes(b"")
+    with pytest.warns(UserWarning, match="one is made again"):
+        Stage("one", profile="tiny").finish({})
+    assert read_manifest(stage.folder)["status"] == "complete"

@@ -21,7 +21,7 @@ from helpers.config import load_profile
 from helpers.runner import drive
 from helpers.sweeps.adem_vl import grid_of
 from helpers.training.adem_vl import build_model
-from helpers.workspace import inputs, machine, place
+from helpers.workspace import disk, inputs, machine, place
 
 
 @pytest.fixture(autouse=True)
@@ -432,3 +432,56 @@ def test_machine_and_versions_are_plain_json():
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["torch"] == torch.__version__
     assert workspace.package_versions(("no-such-package",)) == {"no-such-package": "absent"}
+
+
+def test_what_was_written_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """The order of a folder's write: every file, the folders, the rename, the parent."""
+    told, sync, replace = [], os.fsync, Path.replace
+    name = "/proc/self/fd/{}".format
+    monkeypatch.setattr(os, "fsync", lambda handle: (told.append(os.readlink(name(handle))), sync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (told.append(f"replace {to}"), replace(self, to)))
+    with disk.whole(tmp_path / "made") as temporary:
+        (temporary / "inner").mkdir(parents=True)
+        (temporary / "inner" / "file").write_text("x")
+        (temporary / "other").write_text("y")
+    place = tmp_path / "made"
+    order = [name.replace(str(temporary), "T") for name in told]
+    assert sorted(order[:4]) == ["T", "T/inner", "T/inner/file", "T/other"]
+    assert order.index("T/inner/file") < order.index("T/inner") < order.index("T")
+    assert order[4:] == [f"replace {place}", str(tmp_path)]
+
+
+def test_no_two_writes_share_a_name_and_only_the_dead_ones_go(tmp_path):
+    """Writes of one process at once, of a process that is gone, of a number that another process has now."""
+    target = tmp_path / "table"
+    with disk.whole(target) as one, disk.whole(target) as two:
+        assert one != two
+        one.write_text("1"), two.write_text("2")
+        mine = one.name.split(".")[-2].split("-")
+        gone, reused, elsewhere = (
+            one.with_name(f".table.{'-'.join(words)}.tmp")
+            for words in (
+                [mine[0], "999999999", "0" * 8, "a"],
+                [mine[0], mine[1], "0" * 8, "a"],
+                ["0" * 8, mine[1], mine[2], "a"],
+            )
+        )
+        for left in (gone, reused, elsewhere):
+            left.write_text("part")
+        disk.clear_leftovers(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([one, two, elsewhere])
+        os.utime(elsewhere, (1, 1))
+        disk.clear_leftovers(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([one, two])
+    assert target.read_text() == "1"
+
+
+def test_damaged_json_is_dropped_with_a_warning(tmp_path):
+    """What a stop of the machine makes of a note counts as none, once."""
+    disk.write_json(tmp_path / "note.json", {"a": 1})
+    assert disk.read_json(tmp_path / "note.json") == {"a": 1}
+    for damaged in (b"", b'{\n "a', b"\xff\x00"):
+        (tmp_path / "note.json").write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"note\.json is damaged"):
+            assert disk.read_json(tmp_path / "note.json") is None
+        assert not (tmp_path / "note.json").exists()
