@@ -30,7 +30,8 @@ h1, h2, h3 { line-height: 1.2; }
 def score_tables(suite: Suite, run_folder: Path) -> dict[str, pd.DataFrame]:
     """Return the scores of a run by title: one row a measure, one column a way of answering; nothing unmeasured.
 
-    Which metrics of which stage these are, suite.yaml says.
+    A column of whole numbers alone, as of questions, stays one of whole numbers. Which metrics of which stage these
+    are, suite.yaml says.
     """
     tables = {}
     for spec in suite.stages:
@@ -41,12 +42,13 @@ def score_tables(suite: Suite, run_folder: Path) -> dict[str, pd.DataFrame]:
         rows = {
             label: {column: metrics.get(prefix + name) for prefix, column in spec.scores.columns.items()}
             for name, label in spec.scores.rows.items()
-            if metrics.get(name) is not None
         }
-        if rows:
-            tables[spec.scores.title] = (
-                pd.DataFrame.from_dict(rows, orient="index").astype(float).dropna(axis=1, how="all")
-            )
+        table = pd.DataFrame.from_dict(rows, orient="index", dtype=object)
+        table = table.dropna(axis=0, how="all").dropna(axis=1, how="all")
+        if len(table):
+            whole_numbers = [name for name, values in table.items() if {type(v) for v in values.dropna()} == {int}]
+            kinds = {name: "Int64" if name in whole_numbers else float for name in table}
+            tables[spec.scores.title] = table.astype(kinds)
     return tables
 
 

@@ -14,7 +14,15 @@ def table(variants, metrics=("frameqa_accuracy", "action_accuracy", "count_mse")
         for metric in metrics:
             for j, group in enumerate(groups or [None]):
                 value = 3.0 + k if metric == "count_mse" else 0.9 - 0.2 * k - 0.05 * j
-                row = {"metric": metric, "variant": variant, "value": value, "n": 12, "gifs": 6}
+                row = {
+                    "metric": metric,
+                    "variant": variant,
+                    "value": value,
+                    "n": 12,
+                    "of": 12,
+                    "coverage": 1.0,
+                    "gifs": 6,
+                }
                 rows.append(row | {"low": value * 0.9, "high": value * 1.05} | ({"group": group} if groups else {}))
     return pd.DataFrame(rows)
 
