@@ -44,12 +44,12 @@ def score_tables(suite: Suite, run_folder: Path) -> dict[str, pd.DataFrame]:
             label: {column: metrics.get(prefix + name) for prefix, column in spec.scores.columns.items()}
             for name, label in spec.scores.rows.items()
         }
-        table = pd.DataFrame.from_dict(rows, orient="index", dtype=object)
+        table = pd.DataFrame.from_dict(rows, orient="index").astype(float)
         table = table.dropna(axis=0, how="all").dropna(axis=1, how="all")
         if len(table):
-            whole_numbers = [name for name, values in table.items() if {type(v) for v in values.dropna()} == {int}]
-            kinds = {name: "Int64" if name in whole_numbers else float for name in table}
-            tables[spec.scores.title] = table.astype(kinds)
+            found = {column: {type(row[column]) for row in rows.values()} - {type(None)} for column in table}
+            whole_numbers = [column for column, kinds in found.items() if kinds == {int}]
+            tables[spec.scores.title] = table.astype(dict.fromkeys(whole_numbers, "Int64"))
     return tables
 
 

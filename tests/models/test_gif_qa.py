@@ -20,7 +20,7 @@ from helpers.gifs.decode import GifRejected
 from helpers.models.gif_qa.ask import GifQA
 from helpers.models.gif_qa.bundle import load_bundle
 from helpers.models.gif_qa.model import WORDS_AT_ONCE, GifQAModel
-from helpers.models.language import load_language_model
+from helpers.models.language import BaseLanguageModel, load_language_model
 from helpers.models.parts import BundleError
 from helpers.models.xclip import FrameEncoder
 
@@ -624,6 +624,30 @@ def test_the_same_base_model_in_another_precision_is_accepted(llama, tmp_path, t
     LlamaForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16).save_pretrained(half)
     AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(half)
     load_bundle(folder, language_model=str(half))
+
+
+def test_merging_into_the_dequantised_base_keeps_the_answers_and_into_nf4_does_not(build, tmp_path, tiny_llama_dir):
+    """As docs/tgif-qa.md says to merge: LoRA belongs to the numbers that NF4 stands for."""
+    model = build("nf4")
+    with torch.no_grad():  # a fresh adapter adds nothing
+        for name, parameter in model.language_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    folder = model.save_bundle(tmp_path / "bundle")
+    ids = torch.tensor([model.encode_prompt(QUESTIONS[1])])
+
+    def base():
+        config = BaseLanguageModel(str(tiny_llama_dir), None, "nf4")
+        return load_language_model(config, torch.device("cpu"))[0]
+
+    with torch.no_grad():
+        wanted = model.language_model(ids).logits
+        merged = PeftModel.from_pretrained(base().dequantize(), folder).merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        right = LlamaForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        wrong = PeftModel.from_pretrained(base(), folder).merge_and_unload()(ids).logits
+    assert (right - wanted).abs().max() < 1e-4
+    assert (wrong - wanted).abs().mean() > 1e-2
 
 
 # ---- One call ------------------------------------------------------------------------------------------------------
