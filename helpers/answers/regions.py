@@ -31,8 +31,9 @@ def attended(model: AdemVL, problem: Mapping[str, Any], config: AdemConfig) -> n
     """How much each patch adds to the answer's position: [grid, grid], summing to 1, over all blocks and scales.
 
     A visual position adds alpha * score * value (section 3.2 of the paper); what counts is the length of that vector
-    with the image, the positions of a coarser scale spread evenly over their patches. Raises ValueError for a problem
-    without an image, and for one that is too long.
+    with the image, the positions of a coarser scale spread evenly over their patches. Where no position adds anything,
+    as in a model of fresh adapters, the map is even. Raises ValueError for a problem without an image, and for one that
+    is too long or whose map is not finite.
     """
     rows = [(_sequence(model, problem, config), problem["image"])]
     batch = batch_of(rows, images_for(model, config), padding_token(model), left=True)
@@ -45,7 +46,9 @@ def attended(model: AdemVL, problem: Mapping[str, Any], config: AdemConfig) -> n
         times = grid // side
         total += np.kron(part, np.ones((times, times))) / times**2
         start += scale
-    return total / total.sum()
+    require_finite_scores(total, f"problem {problem['pid']}")
+    whole = total.sum()
+    return total / whole if whole > 0 else np.full_like(total, 1 / total.size)
 
 
 def worth(model: AdemVL, problem: Mapping[str, Any], config: AdemConfig, window: int = 3) -> np.ndarray:

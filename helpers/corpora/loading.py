@@ -38,7 +38,8 @@ def load(
     gifs: folder of GIFs; for TGIF-QA also a zip archive or a list of URLs.
     qa: TGIF-QA's folder of question files, or the CSV of own GIFs.
     holdout, seed: share of own GIFs held out for test, and the seed of the draw.
-    Leaked training GIFs are listed in the rejects. Raises `CorpusError` if an input is missing or nothing is left.
+    Leaked training GIFs are listed in the rejects. Of TGIF-QA the official number of test questions counts as asked,
+    whatever the files hold. Raises `CorpusError` if an input is missing or nothing is left.
     """
     name = profile.data.corpus
     if name == "shapes":
@@ -47,6 +48,7 @@ def load(
         corpus = shapes.load(profile, folder)
     elif name == "tgif_qa":
         corpus = tgif_qa.load(_required(qa, "qa", "the folder of TGIF-QA's question files"), gifs=gifs or None)
+        corpus = replace(corpus, asked={task: tgif_qa.TEST_QUESTIONS[task] for task in corpus.asked})
     elif name == "own_gifs":
         gifs, qa = _required(gifs, "gifs", "the folder of your GIFs"), _required(qa, "qa", "the CSV of your questions")
         corpus = own_gifs.load(gifs, qa, holdout=holdout, seed=seed)

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,7 +45,8 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
     Without a `split` column a share `holdout` of the GIFs is held out for test, drawn by `seed` and the GIFs' names
     alone: a GIF's questions are never split, and the order of the rows does not matter. With holdout = 1 everything
     is test, whatever the `split` column says: the CSV is only scored.
-    Rows that cannot be used, or that contradict each other, are listed in the rejects, counting the header as row 1.
+    Rows that cannot be used, or that contradict each other, are listed in the rejects, counting the header as row 1;
+    those that are for the test by their own word count among `Corpus.asked` all the same.
     Raises `CorpusError` if the folder or CSV is missing, a column is missing, the CSV is empty, nothing is left, or
     there are too few GIFs to hold one out.
     """
@@ -74,7 +76,10 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
     if "split" not in header and holdout < 1:
         questions["split"] = _hold_out(questions.gif, holdout, seed, rejects)
     gifs = {gif: str(folder / gif) for gif in questions.gif.unique()}
-    return Corpus("own_gifs", questions, gifs, reject_table(rejects), rows=len(records))
+    broken = [dict(zip(header, map(folded, cells), strict=False)) for number, cells in records if number in reasons]
+    lost = [row.get("task") for row in broken if holdout == 1 or row.get("split") == "test"]
+    asked = Counter([*questions.task[questions.split == "test"], *(task for task in lost if task in TASKS)])
+    return Corpus("own_gifs", questions, gifs, reject_table(rejects), rows=len(records), asked=dict(asked))
 
 
 def _cells(cells: list[str], header: list[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Corpus:
     """What was left out: `item` (a GIF, a file or a question), `where` (file and row), `reason`."""
     rows: int = 0
     """Rows that the files of questions hold, those left out too."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Task -> its test questions, those too that are left out: what a score's coverage is measured by."""
 
 
 def question_row(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,9 @@ COLUMNS = {
 }
 """The official columns of each task's files, in order."""
 
+TEST_QUESTIONS = {"count": 3554, "action": 2274, "transition": 6232, "frameqa": 13691}
+"""Questions of the official test files, by which published scores are divided."""
+
 HQGA_OPTIONS = ["a0", "a1", "a2", "a3", "a4"]
 # HQGA joined hyphenated answers; undone, the answers of train and test are the 1,746 words that TGIF-QA states
 HQGA_SPELLING = {"tshirt": "t-shirt", "bowtie": "bow-tie"}
@@ -66,9 +70,10 @@ def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
     (`Train_action_question.csv`, `frameqa/train.csv`). gifs: a folder of `<gif_name>.gif` (searched to any depth), a
     zip archive of such files, or a text file of URLs (`tgif-v1.0.tsv` or one URL a line); None loads the text alone.
     Questions whose GIF the source lacks, broken rows and repeated questions are listed in the rejects.
+    A test row that is broken or has no GIF counts among `Corpus.asked` all the same.
     Raises `CorpusError` if a file is not in the format, or nothing is left.
     """
-    folder = Path(folder)
+    folder, asked = Path(folder), Counter()
     rejects: list[tuple[str, str, str]] = []
     files = _question_files(folder, rejects)
     names = _names_of_keys(files)
@@ -79,17 +84,22 @@ def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
             where = f"{file.name} row {number}"
             try:
                 row = _question(file, cells, names)
-                if row["question_id"] in rows:
-                    raise RowError(f"repeats question {row['question_id']} of {first_seen[row['question_id']]}")
             except RowError as error:
                 rejects.append((cells[0] or file.name, where, str(error)))
+                asked[file.task] += file.split == "test"
+                continue
+            if row["question_id"] in rows:
+                reason = f"repeats question {row['question_id']} of {first_seen[row['question_id']]}"
+                rejects.append((cells[0], where, reason))
                 continue
             rows[row["question_id"]] = row
+            asked[file.task] += file.split == "test"
             first_seen[row["question_id"]] = where
     require_questions(list(rows.values()), rejects, folder)
     questions, number_of_rows = question_table(rows.values()), sum(len(file.rows) for file in files)
+    counted = {task: number for task, number in asked.items() if number}
     if gifs is None:
-        return Corpus("tgif_qa", questions, {}, reject_table(rejects), number_of_rows)
+        return Corpus("tgif_qa", questions, {}, reject_table(rejects), number_of_rows, counted)
     sources = gif_sources(gifs, rejects)
     absent = questions[~questions.gif.isin(sources)]
     rejects += [
@@ -99,7 +109,7 @@ def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
     kept = questions[questions.gif.isin(sources)].reset_index(drop=True)
     require_questions(kept.index.tolist(), rejects, f"{folder} with the GIFs of {gifs}")
     used = {gif: sources[gif] for gif in kept.gif.unique()}
-    return Corpus("tgif_qa", kept, used, reject_table(rejects), number_of_rows)
+    return Corpus("tgif_qa", kept, used, reject_table(rejects), number_of_rows, counted)
 
 
 def _question_files(folder: Path, rejects: list[tuple[str, str, str]]) -> list[_File]:

@@ -24,8 +24,15 @@ from helpers.plots.look import (
     require_rows,
 )
 
-VARIANT_COLORS = {"main": BLUE, "blind": ORANGE, "shuffled": PURPLE, "majority": GREY}
-VARIANT_LABELS = {"main": "model", "blind": "blind (no video)", "shuffled": "shuffled GIFs", "majority": "majority"}
+VARIANT_COLORS = {"main": BLUE, "blind": ORANGE, "shuffled": PURPLE, "length": SKY, "majority": GREY}
+VARIANT_LABELS = {
+    "main": "model",
+    "blind": "blind (no video)",
+    "shuffled": "shuffled GIFs",
+    "length": "length only",
+    "majority": "majority",
+}
+FLOOR, FLOOR_LABEL = "shuffled_floor", "shuffled, floor: reads the other GIF"
 TASK_COLORS = {"frameqa": BLUE, "action": GREEN, "transition": RED, "count": PURPLE}
 
 
@@ -41,7 +48,10 @@ def _error(table: pd.DataFrame, scale: float = 1.0) -> np.ndarray:
 
 @plt.rc_context(STYLE)
 def scores_with_baselines(table: pd.DataFrame) -> Figure:
-    """Headline metrics of the model beside its baselines, with 95 % intervals (`scoring.metric_table`)."""
+    """Headline metrics of the model beside its baselines, with 95 % intervals (`scoring.metric_table`).
+
+    A dotted line across a bar of shuffled GIFs is its floor: what reading the other GIF perfectly gives.
+    """
     accuracies = [
         m for m in ("frameqa_accuracy", "action_accuracy", "transition_accuracy") if m in set(table["metric"])
     ]
@@ -61,14 +71,15 @@ def scores_with_baselines(table: pd.DataFrame) -> Figure:
                 title="Accuracy (higher is better)", ylabel="accuracy (%)", xlabel="task (questions)", ylim=(0, 105)
             )
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
     figure.suptitle("Scores beside baselines, 95 % bootstrap intervals by GIF")
     return figure
 
 
 def _with_n(table: pd.DataFrame, metric: str) -> str:
-    n = table.loc[(table["metric"] == metric) & (table["variant"] == "main"), "n"]
-    return f"{TASK_LABELS[_task(metric)]}\n(n = {int(n.iloc[0]):,})"
+    row = table[(table["metric"] == metric) & (table["variant"] == "main")].iloc[0]
+    of = f"\nof {row['of']:,}" if row["coverage"] < 1 else ""
+    return f"{TASK_LABELS[_task(metric)]}\n(n = {row['n']:,}{of})"
 
 
 def _bars(axis: Axes, table: pd.DataFrame, groups: Sequence[str], column: str, scale: float) -> None:
@@ -86,6 +97,10 @@ def _bars(axis: Axes, table: pd.DataFrame, groups: Sequence[str], column: str, s
             if np.isfinite(value):
                 text = f"{value:.0f}" if scale == 100 else f"{value:.2f}"
                 axis.annotate(text, (position, value + up), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+    if FLOOR in set(table["variant"]) and "shuffled" in variants:
+        floor = table[table["variant"] == FLOOR].set_index(column).reindex(groups)["value"].astype(float) * scale
+        x = np.arange(len(groups)) + (variants.index("shuffled") - (len(variants) - 1) / 2) * width
+        axis.hlines(floor, x - width / 2, x + width / 2, color="black", linestyle=":", label=FLOOR_LABEL)
     axis.grid(axis="x", visible=False)
 
 

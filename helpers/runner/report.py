@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ h1, h2, h3 { line-height: 1.2; }
 def score_tables(suite: Suite, run_folder: Path) -> dict[str, pd.DataFrame]:
     """Return the scores of a run by title: one row a measure, one column a way of answering; nothing unmeasured.
 
-    Which metrics of which stage these are, suite.yaml says.
+    A column of whole numbers alone, as of questions, stays one of whole numbers. Which metrics of which stage these
+    are, suite.yaml says.
     """
     tables = {}
     for spec in suite.stages:
@@ -41,20 +43,30 @@ def score_tables(suite: Suite, run_folder: Path) -> dict[str, pd.DataFrame]:
         rows = {
             label: {column: metrics.get(prefix + name) for prefix, column in spec.scores.columns.items()}
             for name, label in spec.scores.rows.items()
-            if metrics.get(name) is not None
         }
-        if rows:
-            tables[spec.scores.title] = (
-                pd.DataFrame.from_dict(rows, orient="index").astype(float).dropna(axis=1, how="all")
-            )
+        table = pd.DataFrame.from_dict(rows, orient="index").astype(float)
+        table = table.dropna(axis=0, how="all").dropna(axis=1, how="all")
+        if len(table):
+            found = {column: {type(row[column]) for row in rows.values()} - {type(None)} for column in table}
+            whole_numbers = [column for column, kinds in found.items() if kinds == {int}]
+            tables[spec.scores.title] = table.astype(dict.fromkeys(whole_numbers, "Int64"))
     return tables
 
 
 def print_scores(suite: Suite, run_folder: Path) -> None:
     """Print the scores of a run, if there are any."""
     for title, table in score_tables(suite, run_folder).items():
-        print(f"\n{title}\n{table.to_string(na_rep='-', float_format=lambda value: f'{value:.3f}')}")
+        print(f"\n{title}\n{_in_words(table).to_string()}")
     print()
+
+
+def _in_words(table: pd.DataFrame) -> pd.DataFrame:
+    """Scores with three decimals, whole numbers with their thousands apart, "-" for what was not measured."""
+
+    def word(value: Any) -> str:
+        return "-" if pd.isna(value) else f"{value:,}" if isinstance(value, Integral) else f"{value:.3f}"
+
+    return table.astype(object).map(word)
 
 
 def _text(value: Any) -> str:
@@ -137,7 +149,7 @@ def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
     body = [f"<h1>Run {_text(run_folder.name)}</h1>"]
     body.append(f"<p>Profile {_text(profile.name)}.</p><h2>Scores</h2>")
     for title, table in scores.items():
-        body.append(f"<h3>{html.escape(title)}</h3>{table.to_html(float_format='%.3f', na_rep='-')}")
+        body.append(f"<h3>{html.escape(title)}</h3>{_in_words(table).to_html()}")
     notes = dict.fromkeys(spec.scores.note for spec in suite.stages if spec.scores and spec.scores.title in scores)
     body += [f"<p>{html.escape(note)}</p>" for note in notes if note]
     if not scores:

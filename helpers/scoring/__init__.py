@@ -1,16 +1,26 @@
 """Scores from tables of predictions alone, their baselines and intervals."""
 
 from helpers.corpora.tasks import COUNTS, answer_key, expected_count, question_key, round_count
-from helpers.scoring.baselines import majority_by, predict_majority, random_expectation, shuffle_gifs, text_baselines
+from helpers.scoring.baselines import (
+    majority_by,
+    predict_from_length,
+    predict_majority,
+    random_expectation,
+    shuffle_gifs,
+    shuffled_bounds,
+    text_baselines,
+)
 from helpers.scoring.intervals import DRAWN_AT_ONCE, bootstrap_interval, mean_interval, wilson_interval
 from helpers.scoring.text import normalise_vqa
 from helpers.scoring.tgif_qa import (
     BASE_COLUMNS,
+    BOUNDS,
     CONVENTIONS,
     HEADLINE,
     breakdown,
     calibration,
     correctness,
+    coverage_table,
     difference_table,
     expected_calibration_error,
     gallery_examples,
@@ -19,11 +29,13 @@ from helpers.scoring.tgif_qa import (
     metric_table,
     metrics,
     outcomes,
+    over_all,
     variant_names,
 )
 
 __all__ = [
     "BASE_COLUMNS",
+    "BOUNDS",
     "CONVENTIONS",
     "COUNTS",
     "DRAWN_AT_ONCE",
@@ -33,6 +45,7 @@ __all__ = [
     "breakdown",
     "calibration",
     "correctness",
+    "coverage_table",
     "difference_table",
     "expected_calibration_error",
     "expected_count",
@@ -45,11 +58,14 @@ __all__ = [
     "metrics",
     "normalise_vqa",
     "outcomes",
+    "over_all",
+    "predict_from_length",
     "predict_majority",
     "question_key",
     "random_expectation",
     "round_count",
     "shuffle_gifs",
+    "shuffled_bounds",
     "text_baselines",
     "variant_names",
     "wilson_interval",

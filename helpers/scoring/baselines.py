@@ -76,6 +76,87 @@ def predict_majority(train: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFra
     return pd.DataFrame({"question_id": questions["question_id"], "prediction": predictions})
 
 
+LENGTH_BINS = 5  # quintiles: some hundred training questions a bin and task even in the built-in world
+
+
+def predict_from_length(train: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
+    """Answers of a system that knows how many frames a GIF's file has, and nothing else of it.
+
+    Count: the least-squares line of the training counts over `num_frames`, rounded. The other tasks: what
+    `predict_majority` says with the training questions about GIFs of like length alone, in `LENGTH_BINS` quantiles of
+    the training lengths; where such a bin is empty, with all of them.
+
+    Returns:
+        columns question_id and prediction; tasks that `train` lacks get no prediction.
+    """
+    predictions = pd.Series(None, index=questions.index, dtype=object)
+    for task in TASKS:
+        known, asked = train[train["task"] == task], questions[questions["task"] == task]
+        if known.empty or asked.empty:
+            continue
+        if task == "count":
+            design = np.stack([np.ones(len(known)), known["num_frames"]], axis=1)
+            start, slope = np.linalg.lstsq(design, known["label"].clip(lower=1).to_numpy(float), rcond=None)[0]
+            predictions[asked.index] = [str(round_count(start + slope * frames)) for frames in asked["num_frames"]]
+            continue
+        edges = np.quantile(known["num_frames"], np.arange(1, LENGTH_BINS) / LENGTH_BINS)
+        bins, of_known = (np.searchsorted(edges, rows["num_frames"]) for rows in (asked, known))
+        for number in np.unique(bins):
+            rows, alike = asked[bins == number], known[of_known == number]
+            answers = predict_majority(alike if len(alike) else known, rows)["prediction"]
+            predictions[rows.index] = answers
+    return pd.DataFrame({"question_id": questions["question_id"], "prediction": predictions})
+
+
+def shuffled_bounds(predictions: pd.DataFrame) -> dict[str, dict[str, pd.Series]]:
+    """What two systems without the right GIF score per shuffled question, in expectation.
+
+    A partner has another answer (`shuffle_gifs`), so that shuffling does not lead to chance: who reads the wrong GIF
+    well is wrong for that very reason.
+
+    predictions: a table with `shuffled_seen_gif_sha256`, the partners.
+
+    Returns:
+        by system and headline metric a series over the questions with a partner.
+        "shuffled_floor" says what is true of the partner: its answer to the same text or, without one, form of
+        question; where that answer is none of the options, one of them at random.
+        "shuffled_prior" sees no GIF: it says one of the answers that the table's questions of that text or form have,
+        each as often as it occurs (choices: of those among the options).
+        Accuracies are probabilities of the right answer, count_mse is the expected squared error.
+    """
+    counted: dict[tuple, Counter] = defaultdict(Counter)
+    rows = predictions.assign(key=predictions["question"].map(question_key))
+    for row in rows.itertuples():
+        for gif in (row.gif_sha256, None):  # None: whatever the GIF
+            counted["text", row.task, row.key, gif][answer_key(row)] += 1
+            counted["form", row.task, row.type, gif][answer_key(row)] += 1
+    values: dict[str, dict[str, dict]] = {"shuffled_floor": defaultdict(dict), "shuffled_prior": defaultdict(dict)}
+    for row in rows[rows["shuffled_seen_gif_sha256"].notna()].itertuples():
+        partner, own, options = row.shuffled_seen_gif_sha256, answer_key(row), {bare(o) for o in row.options}
+        key = ("text", row.task, row.key)
+        if (*key, partner) not in counted:
+            key = ("form", row.task, row.type)
+        told, prior = counted[*key, partner], counted[*key, None]
+        if row.task == "count":
+            name, floor, blind = "count_mse", _mean_squared_error(told, own), _mean_squared_error(prior, own)
+        elif row.task in MULTIPLE_CHOICE:
+            name, unoffered = f"{row.task}_accuracy", sum(told[answer] for answer in told if answer not in options)
+            floor = unoffered / told.total() / len(row.options)
+            blind = prior[own] / sum(prior[option] for option in options)
+        else:
+            name, floor, blind = "frameqa_accuracy", 0.0, prior[own] / prior.total()
+        values["shuffled_floor"][name][row.Index] = floor
+        values["shuffled_prior"][name][row.Index] = blind
+    return {
+        system: {name: pd.Series(found, dtype=float) for name, found in by_metric.items()}
+        for system, by_metric in values.items()
+    }
+
+
+def _mean_squared_error(counted: Counter, own: str) -> float:
+    return sum(n * (float(answer) - float(own)) ** 2 for answer, n in counted.items()) / counted.total()
+
+
 def majority_by(train: pd.DataFrame, questions: pd.DataFrame, by: str) -> pd.Series:
     """Commonest training answer for the same question form (`by='form'`) or the same text (`by='question'`).
 

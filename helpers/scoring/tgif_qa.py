@@ -6,12 +6,13 @@ question. All else reads that table alone, so a saved predictions.parquet is eno
 Conventions are those of TGIF-QA's official evaluator (github.com/YunseokJANG/tgif-qa) and stand in `CONVENTIONS`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from helpers.corpora.tasks import MULTIPLE_CHOICE, TASKS, bare
+from helpers.scoring.baselines import random_expectation, shuffled_bounds
 from helpers.scoring.intervals import bootstrap_interval
 from helpers.scoring.text import normalise_vqa
 
@@ -27,6 +28,7 @@ CONVENTIONS = {
     "count_mse_raw": "mean squared error against the raw label, 0 = once (lower is better)",
     "count_accuracy": "predicted number equals max(label, 1)",
 }
+BOUNDS = ("shuffled_floor", "shuffled_prior")  # variants that are expectations, see baselines.shuffled_bounds
 HEADLINE = ("frameqa_accuracy", "action_accuracy", "transition_accuracy", "count_mse")
 
 BASE_COLUMNS = [
@@ -67,19 +69,26 @@ def _prefix(variant: str) -> str:
 
 
 def variant_names(predictions: pd.DataFrame) -> list[str]:
-    """Names of the variants in a predictions table, 'main' first."""
-    return [
+    """Names of the variants in a predictions table, 'main' first; the bounds of 'shuffled' follow it."""
+    names = [
         "main" if c == "prediction" else c.removesuffix("_prediction")
         for c in predictions.columns
         if c == "prediction" or c.endswith("_prediction")
     ]
+    if "shuffled_seen_gif_sha256" in predictions:
+        at = names.index("shuffled") + 1
+        names[at:at] = BOUNDS
+    return names
 
 
 def outcomes(predictions: pd.DataFrame, variant: str = "main") -> dict[str, pd.Series]:
     """Per-question values of every metric of `CONVENTIONS`: 1 or 0 for accuracies, squared errors for MSE.
 
-    A metric is the mean of its series. Questions without a prediction and tasks without questions are left out.
+    A metric is the mean of its series. Questions without a prediction and tasks without questions are left out. Of the
+    variants `BOUNDS` there are expectations of the headline metrics.
     """
+    if variant in BOUNDS:
+        return shuffled_bounds(predictions)[variant]
     prefix = _prefix(variant)
     values: dict[str, pd.Series] = {}
 
@@ -116,13 +125,63 @@ def correctness(predictions: pd.DataFrame, variant: str = "main") -> pd.Series:
     return pd.concat(right).astype(bool).sort_index() if right else pd.Series(dtype=bool)
 
 
-def metrics(predictions: pd.DataFrame) -> dict[str, float]:
-    """Every metric of every variant under its plain name (main) or `<variant>_<name>`, and `<task>_ece` for main."""
+def over_all(predictions: pd.DataFrame, name: str, value: float, n: int, asked: int) -> float:
+    """Score over all `asked` questions, of which `n` were answered with the mean `value`.
+
+    A question without an answer is wrong. Of Count it costs what the majority's answer costs in the mean on the
+    questions at hand or, without training questions, what a number from 1 to 10 at random does (NaN of the raw labels).
+    """
+    if n == asked:
+        return value
+    missing = 0.0
+    if name.startswith("count_mse"):
+        majority = outcomes(predictions, "majority").get(name)
+        guessed = random_expectation(predictions).get(f"random_{name}", np.nan)
+        missing = guessed if majority is None else majority.mean()
+    return ((value * n if n else 0.0) + missing * (asked - n)) / asked
+
+
+def coverage_table(predictions: pd.DataFrame, asked: Mapping[str, int] | None = None) -> pd.DataFrame:
+    """How much of the test the model answered, and what that does to its score; one row a headline metric.
+
+    asked: task -> all its test questions (`Corpus.asked`), those too that were left out; None: not known.
+
+    Returns:
+        indexed by metric: value (headline: over the answered questions; NaN without any), n, of, coverage (n / of),
+        over all (see `over_all`). What is not known of `asked` is missing.
+    """
+    found, asked = outcomes(predictions), asked or {}
+    rows = {}
+    for name in HEADLINE:
+        series, of = found.get(name, pd.Series(dtype=float)), asked.get(_task(name), np.nan)
+        if len(series) or of > 0:
+            value, n = float(series.mean()), len(series)
+            rows[name] = (value, n, of, n / of, over_all(predictions, name, value, n, of))
+    columns = ["value", "n", "of", "coverage", "over all"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).astype({"of": "Int64"})
+
+
+def _task(metric: str) -> str:
+    return metric.split("_")[0]
+
+
+def metrics(predictions: pd.DataFrame, asked: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Every metric of every variant under its plain name (main) or `<variant>_<name>`, and `<task>_ece` for main.
+
+    Of the headline metrics also `n_<name>` (questions that the model answered), `of_<name>` (all that are `asked`, by
+    task: `Corpus.asked`) and, where these differ, `all_<name>` (see `over_all`).
+    """
     values = {
         _prefix(variant) + name: float(series.mean())
         for variant in variant_names(predictions)
         for name, series in outcomes(predictions, variant).items()
     }
+    for name, row in coverage_table(predictions, asked).iterrows():
+        values[f"n_{name}"] = int(row["n"])
+        if pd.notna(row["of"]):
+            values[f"of_{name}"] = int(row["of"])
+        if row["coverage"] < 1 and np.isfinite(row["over all"]):
+            values[f"all_{name}"] = row["over all"]
     for task in TASKS:
         rows = predictions[predictions["task"] == task]
         if len(rows) and rows["confidence"].notna().any():
@@ -130,19 +189,34 @@ def metrics(predictions: pd.DataFrame) -> dict[str, float]:
     return values
 
 
-def metric_table(predictions: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """All metrics with 95 % bootstrap intervals by GIF.
+SCORE_COLUMNS = ["metric", "variant", "value", "low", "high", "n", "of", "coverage", "over_all", "gifs", "convention"]
+
+
+def metric_table(
+    predictions: pd.DataFrame, resamples: int, seed: int, asked: Mapping[str, int] | None = None
+) -> pd.DataFrame:
+    """All metrics with 95 % bootstrap intervals by GIF, over the questions that were answered.
+
+    asked: task -> all its test questions (`Corpus.asked`), those too that were left out; None: not known.
 
     Returns:
-        columns metric, variant, value, low, high, n (questions), gifs, convention.
+        `SCORE_COLUMNS`: n are the answered questions, of those asked, coverage n / of, over_all the score over them
+        all (see `over_all`; none of shuffled GIFs, where a question without a partner is no fault). A task of which
+        nothing could be answered has one row, without a value.
     """
-    rows = []
+    rows, asked = [], asked or {}
     for variant in variant_names(predictions):
         for name, series in outcomes(predictions, variant).items():
-            gifs = predictions.loc[series.index, "gif_sha256"]
+            gifs, n, of = predictions.loc[series.index, "gif_sha256"], len(series), asked.get(_task(name), np.nan)
             low, high = bootstrap_interval(series, gifs, resamples, seed)
-            rows.append((name, variant, series.mean(), low, high, len(series), gifs.nunique(), CONVENTIONS[name]))
-    return pd.DataFrame(rows, columns=["metric", "variant", "value", "low", "high", "n", "gifs", "convention"])
+            every = np.nan if variant.startswith("shuffled") else over_all(predictions, name, series.mean(), n, of)
+            told = (gifs.nunique(), CONVENTIONS[name])
+            rows.append((name, variant, series.mean(), low, high, n, of, n / of, every, *told))
+    lost = coverage_table(predictions, asked).query("n == 0")
+    for name, row in lost.iterrows():
+        nothing = (np.nan, np.nan, np.nan, 0, row["of"], 0.0, row["over all"], 0)
+        rows.append((name, "main", *nothing, CONVENTIONS[name]))
+    return pd.DataFrame(rows, columns=SCORE_COLUMNS).astype({"of": "Int64"})
 
 
 def difference_table(

@@ -436,6 +436,20 @@ def test_attended_patches_sum_to_one_and_follow_the_scores(model, config, test_r
         regions.attended(model, row | {"image": ""}, config)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_map_of_what_is_attended_is_even_without_weights_and_refused_with_broken_ones(
+    model, config, test_rows, monkeypatch, number
+):
+    row = test_rows[test_rows["image"] != ""].iloc[0].to_dict()
+    weights = torch.zeros(1, model.config.positions)
+    monkeypatch.setattr(model, "contributions", lambda **_: weights)
+    grid = model.config.grid
+    assert regions.attended(model, row, config).tolist() == [[1 / grid**2] * grid] * grid
+    weights[0, 3] = number
+    with pytest.raises(ScoreError, match=f"problem {row['pid']} are not finite"):
+        regions.attended(model, row, config)
+
+
 def test_a_patch_is_worth_what_its_hiding_costs(model, config, test_rows):
     """Two patches by hand, one of them at the image's corner, where the square is cut."""
     row = test_rows[test_rows["image"] != ""].iloc[1].to_dict()

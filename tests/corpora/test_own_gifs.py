@@ -400,6 +400,23 @@ def test_a_mac_and_another_system_hold_out_the_same(tmp_path):
     assert held_out[0] == held_out[1] and len(held_out[0]) == 4
 
 
+def test_test_questions_that_are_left_out_are_counted_as_asked(gifs):
+    """A dead GIF and a broken answer; the training row and the row of no task are no test questions."""
+    path = gifs / "split.csv"
+    path.write_text(
+        "gif,task,question,answer,options,split\n"
+        "cat.gif,frameqa,what is it ?,cat,,train\n"
+        "cat.gif,count,how many ?,2,,Test\n"
+        "dead.gif,count,how many ?,2,,test\n"
+        "cat.gif,Count,how often ?,many,,TEST\n"
+        "dead.gif,frameqa,what is it ?,cat,,train\n"
+        "cat.gif,riddle,what ?,cat,,test\n"
+    )
+    corpus = own_gifs.load(gifs, path)
+    assert corpus.asked == {"count": 3} and (corpus.questions.split == "test").sum() == 1
+    assert own_gifs.load(gifs, path, holdout=1).asked == {"count": 3, "frameqa": 2}
+
+
 def test_what_is_left_out_is_one_line(gifs):
     lines = [
         "cat,frameqa,what ?,cat,",

@@ -5,8 +5,9 @@ import zipfile
 import pandas as pd
 import pytest
 
+from helpers.config import load_profile
 from helpers.corpora import tgif_qa
-from helpers.corpora.loading import drop_leaked
+from helpers.corpora.loading import drop_leaked, load
 from helpers.corpora.schema import QUESTION_COLUMNS, CorpusError
 from helpers.corpora.tasks import question_form
 
@@ -161,6 +162,23 @@ def test_an_official_row_wins_over_its_hqga_copy(folder):
     corpus = tgif_qa.load(folder)
     assert by_id(corpus).loc["FRAMEQA1-test", "answer"] == "cat"
     assert corpus.rejects["where"].tolist() == ["a_frameqa_test.csv row 2"]
+
+
+def test_test_questions_that_are_left_out_are_counted_as_asked(folder, tmp_path):
+    """Of the official data set its own numbers; of the files alone each question once, with or without its GIF."""
+    write(folder / "Test_count_question.csv", COUNT, "tumblr_c\tHow many ?\t2\tC1\t13", "tumblr_c\tHow ?\tmany\tC2\t13")
+    repeated = (folder / "Test_count_question.csv").read_bytes()
+    (folder / "again_Test_count.csv").write_bytes(repeated.replace(b"tumblr_c\tHow ?\tmany\tC2\t13\r\n", b""))
+    (tmp_path / "gifs").mkdir()
+    for name in ("tumblr_a", "tumblr_b", "tumblr_c"):
+        (tmp_path / "gifs" / f"{name}.gif").write_bytes(b"GIF89a")
+    corpus = tgif_qa.load(folder, gifs=tmp_path / "gifs")
+    assert corpus.asked == {"count": 2, "transition": 2, "frameqa": 2}
+    kept = corpus.questions[corpus.questions.split == "test"].task.value_counts()
+    assert kept.to_dict() == {"transition": 2, "count": 1, "frameqa": 1}
+    profile = load_profile("tiny", {"data.corpus": "tgif_qa"})
+    official = load(profile, folder=tmp_path, gifs=tmp_path / "gifs", qa=folder)
+    assert official.asked == {"count": 3554, "transition": 6232, "frameqa": 13691}
 
 
 def test_broken_bytes_and_open_quotes_cost_their_own_row(folder):

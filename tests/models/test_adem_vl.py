@@ -944,6 +944,15 @@ def test_released_names_at_full_size():
         prefix = f"backbone.visual.transformer.resblocks.{block}.adapter_mlp"
         expected |= {f"{prefix}.fc1.weight": (12, 1024), f"{prefix}.fc2.weight": (1024, 12)}
     assert shapes == expected
+    # Shapes do not tell these. Officially the first embedding is added to the keys, the second to the values.
+    by_hand = {
+        "key_embedding": "adapter_emb1",
+        "value_embedding": "adapter_emb2",
+        "projector.fc1.weight": "adapter_proj.fc1.weight",
+        "cls_projector.fc2.bias": "adapter_proj_cls.fc2.bias",
+        "clip_adapters.7.down.weight": "backbone.visual.transformer.resblocks.7.adapter_mlp.fc1.weight",
+    }
+    assert by_hand.items() <= names.items()
 
 
 def test_released_checkpoints_are_loaded_strictly_and_safely(tmp_path):

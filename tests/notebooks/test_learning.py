@@ -1,5 +1,7 @@
 """What training learns comes from the answers: true ones are learned, shuffled ones leave the model at blind level."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -71,10 +73,14 @@ def accuracy(profile, world, folder, *, video=True, shuffle=False):
 
 @pytest.mark.slow
 def test_shuffled_answers_stay_at_blind_level(profile, world, tmp_path):
+    # Who does not see gives one answer to one text: at best the one that is right most often.
+    asked = world[0][world[0]["split"] == "test"]
+    blind_at_best = asked.groupby("question")["answer"].agg(lambda answers: answers.value_counts().iloc[0]).sum()
+    blind_at_best /= len(asked)
     true = accuracy(profile, world, tmp_path / "true")
     shuffled = accuracy(profile, world, tmp_path / "shuffled", shuffle=True)
     blind = accuracy(profile, world, tmp_path / "blind", video=False)
-    assert blind < 0.4
-    # Two standard errors of a difference of two shares of 180 answers around 0.18.
-    assert shuffled < blind + 0.09
+    assert blind <= blind_at_best < true
+    # Two standard errors of the difference of two shares of so many answers.
+    assert shuffled < blind + 2 * math.sqrt((blind * (1 - blind) + shuffled * (1 - shuffled)) / len(asked))
     assert true > blind + 0.3

@@ -14,7 +14,15 @@ def table(variants, metrics=("frameqa_accuracy", "action_accuracy", "count_mse")
         for metric in metrics:
             for j, group in enumerate(groups or [None]):
                 value = 3.0 + k if metric == "count_mse" else 0.9 - 0.2 * k - 0.05 * j
-                row = {"metric": metric, "variant": variant, "value": value, "n": 12, "gifs": 6}
+                row = {
+                    "metric": metric,
+                    "variant": variant,
+                    "value": value,
+                    "n": 12,
+                    "of": 12,
+                    "coverage": 1.0,
+                    "gifs": 6,
+                }
                 rows.append(row | {"low": value * 0.9, "high": value * 1.05} | ({"group": group} if groups else {}))
     return pd.DataFrame(rows)
 
@@ -88,6 +96,19 @@ def test_bars_show_the_values_and_only_known_variants():
     assert [bar.get_height() for bar in count.patches] == [3.0, 4.0]  # squared error, not percent
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["model", "blind (no video)"]
+
+
+def test_the_floor_crosses_the_bar_of_shuffled_gifs_alone_and_missing_questions_are_told():
+    rows = table(["main", "shuffled", "shuffled_floor"], ["action_accuracy"])
+    rows.loc[rows["variant"] == "main", ["n", "of", "coverage"]] = [12, 15, 0.8]
+    axis = plots.scores_with_baselines(rows).axes[0]
+    (floor,) = (c for c in axis.collections if c.get_linestyle()[0][1] is not None)
+    ((start, height), (end, _)) = floor.get_segments()[0]
+    _, bar = axis.patches
+    assert height == pytest.approx(100 * 0.5)  # of the row shuffled_floor
+    assert start <= bar.get_x() and bar.get_x() + bar.get_width() <= end < 2 * bar.get_width() + bar.get_x()
+    assert len(axis.patches) == 2
+    assert axis.get_xticklabels()[0].get_text() == "Action\n(n = 12\nof 15)"
 
 
 def test_intervals_are_drawn_where_the_table_has_them():

@@ -534,18 +534,30 @@ def test_scores_leave_out_what_was_not_measured(tmp_path, capsys):
     suite = stages.load_suite(repo_root() / "notebooks" / "suite.yaml")
     assert score_tables(suite, run) == {}
     measured = {
-        "04_evaluation": {"count_mse": 0.4, "majority_count_mse": 5.0, "blind_count_mse": None},
+        "04_evaluation": {
+            "count_mse": 0.4,
+            "majority_count_mse": 5.0,
+            "blind_count_mse": None,
+            "n_count_mse": 1590,
+            "of_count_mse": 1600,
+            "n_action_accuracy": 0,
+            "of_action_accuracy": 7,
+        },
         "05_adem_scienceqa": {"accuracy": 93.0, "IMG": 89.8, "text_only_IMG": 42.0, "SOC": 1.0},
     }
     for name, metrics in measured.items():
         (run / name).mkdir(parents=True)
         (run / name / "stage.json").write_text(json.dumps({"status": "complete", "metrics": metrics}))
     gifs, science = score_tables(suite, run).values()
-    assert gifs.to_dict("index") == {"Count MSE (lower is better)": {"model": 0.4, "majority": 5.0}}
+    count, action = gifs.loc["Count MSE (lower is better)"], gifs.loc["Action accuracy"]
+    assert count.to_dict() == {"n": 1590, "of": 1600, "model": 0.4, "majority": 5.0}
+    assert action[["n", "of"]].tolist() == [0, 7] and action[["model", "majority"]].isna().all()  # all GIFs are dead
+    assert gifs.index.tolist() == ["Action accuracy", "Count MSE (lower is better)"]
     assert science.loc["with an image"].to_dict() == {"model": 89.8, "text-only twin": 42.0}
     assert science.index.tolist() == ["all problems", "with an image"]
     print_scores(suite, run)
-    assert "ScienceQA, accuracy (%)" in (out := capsys.readouterr().out) and "89.800" in out and "0.400" in out
+    assert "ScienceQA, accuracy (%)" in (out := capsys.readouterr().out) and "89.800" in out
+    assert re.search(r"Count MSE \(lower is better\) +1,590 +1,600 +0\.400 +5\.000", out)
 
 
 def test_readme_table_is_made_between_its_marks(tmp_path, world):

@@ -18,15 +18,39 @@ def test_a_step_of_both_ways_in_their_own_shapes():
 
 def test_the_gpus_own_meter_and_clock_are_used_on_a_gpu(monkeypatch):
     """Without a GPU: CUDA's counters are stood in for, and the batch says that it is there."""
-    level = {"now": 100.0, "peak": 900.0}
+    level = {"now": 100.0, "peak": 5000.0}  # the peak of something earlier
     called = []
+
+    def reset():
+        called.append("reset")
+        level["peak"] = level["now"]
+
+    def step():
+        called.append("step")
+        level.update(now=300.0, peak=900.0)  # what the step leaves behind, and what it needed on its way
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: called.append("reset"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: level["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: level["peak"])
-    assert step_cost.peak_bytes(lambda: called.append("step")) == 800
+    monkeypatch.setattr(step_cost.time, "perf_counter", lambda: called.append("clock") or 7.0 * len(called))
+    assert step_cost.peak_bytes(step) == 800
     assert called == ["synchronize", "reset", "step", "synchronize"]
     called.clear()
-    step_cost.seconds(lambda: called.append("step"))
-    assert called == ["synchronize", "step", "synchronize"]
+    assert step_cost.seconds(lambda: called.append("step")) == 7.0 * (5 - 2)
+    assert called == ["synchronize", "clock", "step", "synchronize", "clock"]  # the clock waits for the GPU
+
+
+def test_kept_bytes_are_those_of_the_tensors_that_the_backward_pass_needs():
+    """exp keeps its result, a product its factors; a weight is there in any case, and a storage counts once."""
+    weight, inputs = torch.randn(4, 6, requires_grad=True), torch.randn(8, 4)
+
+    def forward():
+        return (inputs @ weight).exp().square().sum()
+
+    assert step_cost.kept_bytes(forward, [weight]) == 4 * (8 * 4 + 8 * 6)
+    assert step_cost.kept_bytes(forward, [weight, inputs]) == 4 * 8 * 6
+    inputs.requires_grad_()  # now the weight is needed as well
+    assert step_cost.kept_bytes(forward, [weight]) == 4 * (8 * 4 + 8 * 6)
+    assert step_cost.kept_bytes(forward, []) == 4 * (8 * 4 + 8 * 6 + 4 * 6)
