@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers.config import nearest
 from helpers.models.adem_vl.config import NO_CLS, AdemVLError
 from helpers.models.parts import IGNORED
+from helpers.models.text import start_token, text_tokens
 from helpers.models.xclip import IMAGENET_MEAN, IMAGENET_STD
 
 NORMALISATION = {
@@ -56,9 +57,9 @@ def encode(
     """
 
     def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return text_tokens(tokenizer, text)
 
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = start_token(tokenizer)
     ids, cls_position = [start], NO_CLS
     if use_cls:
         ids += tokens("Image: " if has_image else "Image: N/A")
@@ -88,10 +89,10 @@ def letter_tokens(tokenizer: Any, prompt: str, letters: Sequence[str]) -> list[i
     Raises AdemVLError if the tokeniser does not tell the letters apart by their first token: such a language model
     cannot answer with one token.
     """
-    asked = tokenizer(prompt, add_special_tokens=False).input_ids
+    asked = text_tokens(tokenizer, prompt)
     found = []
     for letter in letters:
-        whole = tokenizer(f"{prompt} {letter}.", add_special_tokens=False).input_ids
+        whole = text_tokens(tokenizer, f"{prompt} {letter}.")
         if whole[: len(asked)] != asked or len(whole) == len(asked):
             raise AdemVLError(f"the answer {letter!r} changes how the end of the prompt {prompt[-20:]!r} is tokenised")
         found.append(whole[len(asked)])

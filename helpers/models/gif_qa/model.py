@@ -33,6 +33,7 @@ from helpers.models.language import (
     load_language_model,
 )
 from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, require_finite
+from helpers.models.text import answer_tokens, prompt_tokens, start_token
 from helpers.models.xclip import FrameEncoder, MaskedMIT, additive_mask, encoder_identity, load_xclip, portable_name
 from helpers.workspace.disk import whole
 from helpers.workspace.machine import device as default_device
@@ -68,7 +69,7 @@ class GifQAModel(nn.Module):
         self.mit = mit
         self.connector = connector
         self.video = connector is not None
-        self.start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.start = start_token(tokenizer)
 
     @classmethod
     def build(cls, profile: Profile, device: torch.device | None = None, video: bool = True) -> GifQAModel:
@@ -143,15 +144,11 @@ class GifQAModel(nn.Module):
 
     def encode_prompt(self, question: str, options: Sequence[str] | None = None) -> list[int]:
         """Token ids of BOS and the prompt; options, where given, are listed behind the question."""
-        listed = f"{question}\nOptions: {'; '.join(options)}" if options else question
-        text = self.profile.language_model.prompt.replace("{question}", listed)
-        return [self.start, *self.tokenizer(text, add_special_tokens=False).input_ids]
+        return prompt_tokens(self.tokenizer, self.profile.language_model.prompt, question, options)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Token ids of " answer" and the terminator (EOS); an empty answer is the terminator alone."""
-        text = answer.strip()
-        tokens = self.tokenizer(f" {text}", add_special_tokens=False).input_ids if text else []
-        return [*tokens, self.tokenizer.eos_token_id]
+        return answer_tokens(self.tokenizer, answer)
 
     # ---- Sequences ---------------------------------------------------------------------------------------------
 

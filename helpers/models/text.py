@@ -1,0 +1,89 @@
+"""Text to tokens: what a person wrote stays text, even where it spells a control token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+MARK_UP = re.compile(r"\W*[<\[{(].*[>\]})]\W*", re.DOTALL)
+"""An added token like [INST] or <tool_call>: it controls too, though a tokenizer may not call it special."""
+
+
+@lru_cache(maxsize=8)
+def _controls(tokenizer: Any, size: int) -> dict[int, str]:
+    """The control tokens of a tokenizer of `size` tokens: id and how it is spelt."""
+    added = {number: (token.content, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
+    found = {number: text for number, (text, special) in added.items() if special or MARK_UP.fullmatch(text)}
+    return found | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def text_tokens(tokenizer: Any, text: str, around: Sequence[str] = ("", "")) -> list[int]:
+    """Token ids of what is `around` with the text in its gaps, without BOS and EOS.
+
+    A control token that stands around the text is that token; one that the text spells is encoded like other text.
+    """
+    ids = tokenizer(text.join(around), add_special_tokens=False).input_ids
+    controls = _controls(tokenizer, len(tokenizer))
+    if tokenizer.unk_token and tokenizer.unk_token not in text:
+        # what a vocabulary lacks is unknown, whoever wrote it
+        controls = {number: name for number, name in controls.items() if number != tokenizer.unk_token_id}
+    if controls.keys().isdisjoint(ids):
+        return ids
+    ours = [number for part in around for number in tokenizer(part, add_special_tokens=False).input_ids]
+    if [number for number in ids if number in controls] == [number for number in ours if number in controls]:
+        return ids
+    names = sorted(controls.values(), key=len, reverse=True)
+    spelt = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+    parts = spelt.split(around[0])
+    for piece in around[1:]:
+        first, *rest = spelt.split(piece)
+        parts = [*parts[:-1], parts[-1] + text + first, *rest]
+    numbers = {name: number for number, name in controls.items()}
+    found: list[int] = []
+    for place, part in enumerate(parts):  # every second one is a control token
+        found += [numbers[part]] if place % 2 else _plain(tokenizer, part, controls)
+    return found
+
+
+def _plain(tokenizer: Any, text: str, controls: dict[int, str]) -> list[int]:
+    """Token ids by the tokenizer's own steps, without the one that looks for added tokens."""
+    if not tokenizer.is_fast:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    steps = tokenizer.backend_tokenizer
+    if not text:
+        return []
+    if steps.normalizer is not None:
+        text = steps.normalizer.normalize_str(text)
+    words = [text] if steps.pre_tokenizer is None else [word for word, _ in steps.pre_tokenizer.pre_tokenize_str(text)]
+    return [number for word in words for number in _word(steps.model, word, controls)]
+
+
+def _word(model: Any, word: str, controls: dict[int, str]) -> list[int]:
+    """Token ids of one word; where the vocabulary itself holds a control token, it is spelt in two pieces."""
+    ids: list[int] = []
+    for token in model.tokenize(word):
+        if token.id in controls and len(token.value) > 1 and token.value in word:
+            start = word.index(token.value)
+            first, rest = word[: start + 1], word[start + 1 :]
+            return _word(model, first, controls) + _word(model, rest, controls)
+        ids.append(token.id)
+    return ids
+
+
+def prompt_tokens(tokenizer: Any, template: str, question: str, options: Sequence[str] | None = None) -> list[int]:
+    """Token ids of BOS and the profile's prompt; options, where given, are listed behind the question."""
+    listed = f"{question}\nOptions: {'; '.join(options)}" if options else question
+    return [start_token(tokenizer), *text_tokens(tokenizer, listed, template.split("{question}"))]
+
+
+def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
+    """Token ids of " answer" and the terminator (EOS); an empty answer is the terminator alone."""
+    text = answer.strip()
+    return [*(text_tokens(tokenizer, f" {text}") if text else []), tokenizer.eos_token_id]
+
+
+def start_token(tokenizer: Any) -> int:
+    """What a sequence begins with: BOS, or EOS for a tokenizer that has none."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
