@@ -348,7 +348,8 @@ def write(folder: str | Path, *, seed: int, train: int, val: int, test: int) -> 
     folder = Path(folder)
     made = {"seed": seed, "train": train, "val": val, "test": test}
     found = read_json(folder / "world.json") or {}
-    if found.pop("files", None) == hashes(folder, ["world.json"]) and found == made:
+    drawn = found.pop("files", {}).items()
+    if found == made and drawn and drawn <= hashes(folder).items():
         return folder
     with whole(folder) as staging:
         records: dict[str, dict[str, Any]] = {}

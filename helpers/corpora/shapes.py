@@ -504,8 +504,7 @@ def _write_gifs(folder: Path, scenes: list[Scene], what: str) -> None:
     for scene in tqdm(scenes, desc=f"drawing {what} GIFs", unit="GIF", mininterval=1):
         path = folder / f"{scene.name}.gif"
         if not path.is_file() or file_sha256(path) != known.get(path.name):
-            with whole(path) as temporary:
-                write_gif(scene, temporary)
+            write_gif(scene, path)  # a half-written one is told by its digest
     drawn = {f"{scene.name}.gif": file_sha256(folder / f"{scene.name}.gif") for scene in scenes}
     if drawn != known:
         write_json(note, drawn)

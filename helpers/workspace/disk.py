@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -31,11 +31,11 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def hashes(folder: Path, without: Iterable[str] = ()) -> dict[str, str]:
-    """Return the SHA-256 of each file below a folder, by its path there, but of hidden ones and those in `without`."""
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file below a folder, by its path there, but of hidden ones."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    left_out = {name for name in files if any(part.startswith(".") for part in name.split("/"))} | {*without}
-    return {name: file_sha256(path) for name, path in files.items() if name not in left_out}
+    hidden = {name for name in files if any(part.startswith(".") for part in name.split("/"))}
+    return {name: file_sha256(path) for name, path in files.items() if name not in hidden}
 
 
 def free_gigabytes(path: Path | str) -> float:
