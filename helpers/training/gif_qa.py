@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from helpers.config import PACING, ConnectorConfig, Profile, TrainingConfig
+from helpers.config import PACING, Profile, TrainingConfig
 from helpers.corpora.tasks import target_answer
+from helpers.models.connectors import video_tokens
 from helpers.models.parts import IGNORED
 from helpers.training.checkpoints import CONTRACT, trainable
 from helpers.training.collective import TrainingError, world
@@ -102,12 +103,6 @@ class Collator:
             frames, lengths = self.features.fetch([row[2] for row in rows], [row[3] for row in rows])
             batch |= {"frames": torch.as_tensor(frames), "lengths": torch.as_tensor(lengths)}
         return batch
-
-
-def video_tokens(connector: ConnectorConfig, frames: np.ndarray, frames_per_group: int = 16) -> np.ndarray:
-    """Number of video tokens that the connector makes of `frames` frames, in groups of 16."""
-    groups = -(-frames // frames_per_group)
-    return groups * connector.queries if connector.kind == "qformer" else frames + groups
 
 
 def plan_batches(dataset: QADataset, features: FeatureTable, profile: Profile) -> BatchPlan:

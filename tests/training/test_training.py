@@ -22,7 +22,7 @@ from helpers.corpora import target_answer
 from helpers.models.parts import IGNORED
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.collective import TrainingError
-from helpers.training.gif_qa import Collator, QADataset, parameter_groups, plan_batches, train, video_tokens
+from helpers.training.gif_qa import Collator, QADataset, parameter_groups, plan_batches, train
 from helpers.training.plan import BatchPlan, bucket
 from helpers.workspace.machine import free_memory
 
@@ -221,12 +221,6 @@ def test_options_enter_the_prompt_only_when_asked():
     questions = toy_questions(2, 2).assign(task="action", options=[["one thing", "two"], ["three", "four"]])
     plain, with_options = QADataset(ToyModel(), questions), QADataset(ToyModel(), questions, options_in_prompt=True)
     assert (with_options.text_lengths - plain.text_lengths).tolist() == [3, 2]
-
-
-def test_video_tokens_of_mlp_and_qformer():
-    frames = np.array([1, 16, 17, 48])
-    assert video_tokens(Section(kind="mlp", queries=9), frames).tolist() == [2, 17, 19, 51]
-    assert video_tokens(Section(kind="qformer", queries=9), frames).tolist() == [9, 9, 18, 27]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 5000])
