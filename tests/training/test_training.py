@@ -19,6 +19,7 @@ from torch import nn
 
 from helpers import training
 from helpers.corpora import target_answer
+from helpers.models.gif_qa import Window
 from helpers.models.parts import IGNORED
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.collective import TrainingError
@@ -96,7 +97,7 @@ class ToyModel(nn.Module):
     def __init__(self, video: bool = True, seed: int = 0):
         super().__init__()
         torch.manual_seed(seed)
-        self.video = video
+        self.video, self.size = video, None
         self.tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
         self.mit = nn.Linear(8, 8)
         self.connector = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16))
@@ -106,6 +107,9 @@ class ToyModel(nn.Module):
 
     def check_features(self, encoder_key):
         assert encoder_key == "toy"
+
+    def window(self):
+        return Window(self.tokenizer, self.size, toy_config())
 
     def encode_prompt(self, question, options=None):
         words = [question, *(options or [])]
