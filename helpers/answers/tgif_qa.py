@@ -22,6 +22,7 @@ from helpers.corpora.tasks import (
     round_count,
     softmax,
 )
+from helpers.models.gif_qa.window import WRITTEN_TOKENS
 from helpers.scoring.baselines import shuffle_gifs
 from helpers.stage.pace import PACE_FILE, DeadlineReached, probe_steps
 from helpers.store.tables import read_parquet
@@ -55,7 +56,8 @@ def predict(
 
     Action and transition: every option is scored as a whole answer (terminator included); the highest sum wins.
     Count: the answers "1".."10" are scored; the prediction is the rounded, clipped expectation. FrameQA: open-ended
-    generation, and with `vocabulary` the most likely of its words as a second answer.
+    generation, and with `vocabulary` the most likely of its words, of those as short as what it may write, as a second
+    answer.
 
     Args:
         model: a `GifQAModel`; one with `video=False` never sees the GIF.
@@ -74,6 +76,7 @@ def predict(
         stage.pace.DeadlineReached: the time was up, or the runner only measures the pace and a chunk of each task was
             answered; the chunks that were done are kept in `cache`.
         corpora.tasks.ScoreError: a question's scores are not finite; it is named.
+        models.gif_qa.TooLong: a question is too long for the model's window; it is named.
 
     Returns:
         one row a question, in the order of `questions`: question_id, seen_gif_sha256 and `RESULT_COLUMNS`. `scores`
@@ -81,6 +84,7 @@ def predict(
         generated answer; `confidence` is the probability that the model gives its own prediction.
     """
     ends, measured = time.monotonic() + deadline, 0
+    vocabulary = [word for word in vocabulary or [] if len(model.encode_answer(word)) <= WRITTEN_TOKENS]
     questions = questions.reset_index(drop=True)
     seen = questions["gif_sha256"] if shuffle_seed is None else shuffle_gifs(questions, shuffle_seed)["gif_sha256"]
     asked = questions.assign(seen_gif_sha256=seen)
@@ -159,10 +163,14 @@ def _predict_task(
     candidates = options if task in MULTIPLE_CHOICE else [list(COUNTS)] * len(rows) if task == "count" else None
     tokens = {text: len(model.encode_answer(text)) for texts in candidates or [] for text in texts}
     lengths = np.array([len(prompt) for prompt in prompts])
+    frames = features.lengths(gifs, groups) if model.video else np.zeros_like(lengths)
+    window = model.window()
+    behind = [WRITTEN_TOKENS] * len(rows) if candidates is None else [max(tokens[t] for t in ts) for ts in candidates]
+    for name, needed in zip(rows["question_id"], lengths + window.video(frames) + behind, strict=True):
+        window.require_room(needed, f"{task} question {name}")
+    lengths = lengths + frames
     if candidates is not None:
         lengths = lengths + [sum(tokens[text] for text in texts) for texts in candidates]
-    if model.video:
-        lengths = lengths + features.lengths(gifs, groups)
     results: dict[int, dict] = {}
     with tqdm(total=len(rows), desc=description, unit="question") as progress:
         for batch in token_batches(lengths, config.batch_tokens):

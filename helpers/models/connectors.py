@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +42,12 @@ def _output_norm(text_dim: int, output_rms: float) -> nn.LayerNorm:
     norm = nn.LayerNorm(text_dim)
     nn.init.constant_(norm.weight, output_rms)
     return norm
+
+
+def video_tokens(config: ConnectorConfig, frames: np.ndarray, frames_per_group: int = 16) -> np.ndarray:
+    """Number of video tokens that the connector of `config` makes of `frames` frames, in groups of that many."""
+    groups = -(-frames // frames_per_group)
+    return groups * config.queries if config.kind == "qformer" else frames + groups
 
 
 class MLPConnector(nn.Module):

@@ -13,6 +13,34 @@ EXIT_CODES = """exit codes:
   130  interrupted by Ctrl-C; the same command goes on"""
 
 
+# the suite's own errors, by name as a kernel tells them: each is a sentence that says what to do, the place in the code
+# adds nothing to it (the executed notebook keeps that)
+SENTENCES = frozenset(
+    [
+        "AdemVLError",
+        "AttachedError",
+        "BundleError",
+        "CheckpointError",
+        "ConfigError",
+        "CorpusError",
+        "DiskFull",
+        "FetchError",
+        "GifRejected",
+        "KnownBad",
+        "ModelNotFound",
+        "NetworkDown",
+        "PromptTooLong",
+        "ResultsError",
+        "ScoreError",
+        "StageConflict",
+        "StageError",
+        "StoreError",
+        "TooLong",
+        "TrainingError",
+    ]
+)
+
+
 def fault_of(error: OSError, place: Path | None = None) -> str:
     """Say an error of the operating system in one sentence, with the path that it is about.
 

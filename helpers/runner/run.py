@@ -20,7 +20,7 @@ import nbformat
 
 from helpers.runner import quota
 from helpers.runner.drive import keep_on_drive, take_from_drive
-from helpers.runner.outcome import DONE, PAUSED, REFUSED, Failed, Paused, fault_of
+from helpers.runner.outcome import DONE, PAUSED, REFUSED, SENTENCES, Failed, Paused, fault_of
 from helpers.runner.plan import RunPlan, filled_in
 from helpers.runner.report import print_scores, write_report
 from helpers.stage.lock import hold_lock, release_lock
@@ -156,6 +156,8 @@ def execute(plan: RunPlan, spec: StageSpec) -> None:
     except PapermillExecutionError as error:
         if error.ename == DeadlineReached.__name__:
             raise Paused(error.evalue) from error
+        if error.ename in SENTENCES:
+            raise Failed(f"{spec.name}: {error.evalue}\nNotebook: {output}") from error
         at = f"cell [{error.exec_count}]: {_first_line(error.source)}"
         trace = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in error.traceback).splitlines()
         shown = "\n".join(trace if len(trace) <= 40 else ["...", *trace[-40:]])
@@ -182,6 +184,12 @@ def _check_manifest(plan: RunPlan, spec: StageSpec, before: int | None) -> dict[
     if manifest["key"] != key:
         raise Failed(f"{spec.name} finished with other settings than the run's: pass all parameters on to Stage(...)")
     return manifest
+
+
+def _left_out(manifest: dict[str, Any]) -> str:
+    """What a stage says of rows and files that it kept out, to stand behind its status; "" where it says nothing."""
+    told = manifest["metrics"].get("left_out", "")
+    return f"; {told}" if told else ""
 
 
 def _set_aside(folder: Path) -> Path:
@@ -243,12 +251,13 @@ def run_stage(plan: RunPlan, spec: StageSpec, place: str) -> int:
     if not plan.force and not spec.always:
         check_conflict(folder, settings)
         if manifest and manifest["status"] == "complete":
-            print(f"{place} {spec.name}: already done ({manifest['finished']}), skipped")
+            print(f"{place} {spec.name}: already done ({manifest['finished']}), skipped{_left_out(manifest)}")
             return DONE
         found = read_manifest(find_stage(plan.folder, spec.name))
         finished = found is not None and found["status"] == "complete"
         if not manifest and finished and not settings_differences(found["settings"], settings):
-            print(f"{place} {spec.name}: taken from run {find_stage(plan.folder, spec.name).parent.name!r}")
+            name = find_stage(plan.folder, spec.name).parent.name
+            print(f"{place} {spec.name}: taken from run {name!r}{_left_out(found)}")
             return DONE
     require_disk(plan.folder, _gigabytes(plan, spec), spec.name)
     previous = _set_aside(folder) if folder.exists() and (plan.force or spec.always) else None
@@ -258,7 +267,7 @@ def run_stage(plan: RunPlan, spec: StageSpec, place: str) -> int:
     before = path.stat().st_mtime_ns if path.is_file() else None
     try:
         execute(plan, spec)
-        status = _check_manifest(plan, spec, before)["status"]
+        manifest = _check_manifest(plan, spec, before)
     except Paused as pause:
         print(f"  {spec.name}: {pause}", flush=True)
         return PAUSED
@@ -267,7 +276,8 @@ def run_stage(plan: RunPlan, spec: StageSpec, place: str) -> int:
     except (Failed, StageError) as error:
         kept = f"\nThe earlier result is kept in {previous}" if previous and not spec.always else ""
         raise type(error)(f"{error}{kept}") from error
-    print(f"  {spec.name}: {status} in {time.monotonic() - began:.0f} s", flush=True)
+    status = manifest["status"]
+    print(f"  {spec.name}: {status} in {time.monotonic() - began:.0f} s{_left_out(manifest)}", flush=True)
     if status == "complete":
         shutil.rmtree(folder.with_name(f"{folder.name}.previous"), ignore_errors=True)
     return DONE if status == "complete" else PAUSED

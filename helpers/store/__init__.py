@@ -3,7 +3,7 @@
 from helpers.store.encoding import Cached, GroupPlan, cache_features
 from helpers.store.features import FeatureTable, feature_schema, upsert_features
 from helpers.store.frames import FrameTable, decompressed, frames_key
-from helpers.store.shards import FRAME_SCHEMA, JOURNAL_SCHEMA, SOURCE_COLUMNS, Sharded, shard_gifs
+from helpers.store.shards import FRAME_SCHEMA, JOURNAL_SCHEMA, SOURCE_COLUMNS, Sharded, leave_out, shard_gifs
 from helpers.store.tables import (
     BATCH_GIFS,
     BATCH_SECONDS,
@@ -14,6 +14,7 @@ from helpers.store.tables import (
     keep,
     read_questions,
     write_questions,
+    write_rejects,
 )
 
 __all__ = [
@@ -36,8 +37,10 @@ __all__ = [
     "feature_schema",
     "frames_key",
     "keep",
+    "leave_out",
     "read_questions",
     "shard_gifs",
     "upsert_features",
     "write_questions",
+    "write_rejects",
 ]

@@ -91,6 +91,10 @@ class FeatureTable:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def longest_views(self) -> dict[str, int]:
+        """Frames of each GIF's longest view, by gif_sha256."""
+        return dict(zip(self.ids, self._length.max(axis=1).tolist(), strict=True))
+
     def lengths(self, ids: Sequence[str], groups: int | Sequence[int]) -> np.ndarray:
         """Valid frames of each GIF's largest view of at most `groups` groups (one number, or one a GIF): int64 [B].
 

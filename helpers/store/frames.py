@@ -53,6 +53,10 @@ class FrameTable:
             {view["groups"]: len(view["rows"]) for view in views} for t in tables for views in t["views"].to_pylist()
         ]
 
+    def longest_views(self) -> dict[str, int]:
+        """Frames of each GIF's longest view, by gif_sha256."""
+        return {sha: max(views.values()) for sha, views in zip(self.ids, self.view_lengths(), strict=True)}
+
     def rows(self, numbers: Sequence[int], batch: int = 32) -> Iterator[dict[str, Any]]:
         """Stored rows (frames still compressed) by ascending number in `ids`, read `batch` at a time."""
         numbers = np.asarray(numbers)

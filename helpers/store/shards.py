@@ -9,7 +9,7 @@ interrupted.
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from helpers.store.tables import (
     sync_table,
     write_parquet,
     write_questions,
+    write_rejects,
     write_sorted,
 )
 from helpers.store.workers import Decoders, is_url, with_bytes
@@ -136,12 +137,36 @@ def shard_gifs(
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
     sources = pd.concat([_read_sources(folder, k) for k in range(len(shards))], ignore_index=True)
     questions, rejects = _match_questions(corpus, sources)
-    write_questions(questions, folder / "questions.parquet")
-    write_parquet(rejects, folder / "rejects.parquet", pa.schema([(c, pa.string()) for c in rejects.columns]))
-    near = _near_duplicates(questions, sources)
+    return _written(folder, Sharded(questions, rejects, sources, len(known), _near_duplicates(questions, sources)))
+
+
+def leave_out(made: Sharded, folder: Path | str, rejects: pd.DataFrame) -> Sharded:
+    """Take questions out of what `shard_gifs` made in `folder`, and list them; its tables are written anew.
+
+    rejects: item (question_id), where, reason. Raises StoreError if no question is left.
+    """
+    if rejects.empty:
+        return made
+    questions = made.questions[~made.questions.question_id.isin(rejects.item)].reset_index(drop=True)
+    table = pd.concat([made.rejects, rejects], ignore_index=True)
+    if questions.empty:
+        raise StoreError(f"No question is left. Commonest reasons: {_commonest(table)}.")
+    near = _near_duplicates(questions, made.sources)
+    return _written(Path(folder), replace(made, questions=questions, rejects=table, near_duplicates=near))
+
+
+def _written(folder: Path, made: Sharded) -> Sharded:
+    """Write the tables of questions, rejects and near-duplicates, and give back what was made."""
+    write_questions(made.questions, folder / "questions.parquet")
+    write_rejects(made.rejects, folder / "rejects.parquet")
     kinds = [pa.string(), pa.string(), pa.int64(), pa.int64()]
-    write_parquet(near, folder / "near_duplicates.parquet", pa.schema(list(zip(NEAR_COLUMNS, kinds, strict=True))))
-    return Sharded(questions, rejects, sources, len(known), near)
+    schema = pa.schema(list(zip(NEAR_COLUMNS, kinds, strict=True)))
+    write_parquet(made.near_duplicates, folder / "near_duplicates.parquet", schema)
+    return made
+
+
+def _commonest(rejects: pd.DataFrame) -> str:
+    return "; ".join(f"{why} ({n} times)" for why, n in rejects.reason.value_counts().head(3).items())
 
 
 def _frame_settings(data: "DataConfig", frames_per_group: int, min_frames: int) -> dict[str, Any]:
@@ -320,7 +345,7 @@ def _match_questions(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFram
     kept = kept[~leaked].reset_index(drop=True)
     table = pd.concat([corpus.rejects, reject_table(rejects)], ignore_index=True)
     if kept.empty:
-        reasons = "; ".join(f"{why} ({n} times)" for why, n in table.reason.value_counts().head(3).items())
+        reasons = _commonest(table)
         raise StoreError(f"No question of the corpus {corpus.name} has a usable GIF. Commonest reasons: {reasons}.")
     return kept, table
 

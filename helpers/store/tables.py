@@ -51,6 +51,11 @@ def read_questions(path: Path | str) -> pd.DataFrame:
     return questions.assign(options=[list(options) for options in questions.options])
 
 
+def write_rejects(rejects: pd.DataFrame, path: Path | str) -> None:
+    """Write a table of what was left out (item, where, reason) as Parquet."""
+    write_parquet(rejects, Path(path), pa.schema([(column, pa.string()) for column in rejects.columns]))
+
+
 def write_parquet(table: pd.DataFrame, path: Path, schema: pa.Schema) -> None:
     """Write a table's columns of `schema` as Parquet, whole or not at all."""
     with whole(path) as temporary:

@@ -30,7 +30,6 @@ from helpers.training.gif_qa import (
     plan_batches,
     run_identity,
     train,
-    video_tokens,
 )
 from helpers.training.history import LossDisplay, Recorder
 from helpers.training.plan import BatchPlan, StepPlan, bucket
@@ -80,7 +79,6 @@ __all__ = [
     "target_answer",
     "train",
     "trainable",
-    "video_tokens",
     "world",
     "write_history",
 ]

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from helpers.config import PACING, ConnectorConfig, Profile, TrainingConfig
+from helpers.config import PACING, Profile, TrainingConfig
 from helpers.corpora.tasks import target_answer
+from helpers.models.connectors import video_tokens
 from helpers.models.parts import IGNORED
 from helpers.training.checkpoints import CONTRACT, trainable
 from helpers.training.collective import TrainingError, world
@@ -104,12 +105,6 @@ class Collator:
         return batch
 
 
-def video_tokens(connector: ConnectorConfig, frames: np.ndarray, frames_per_group: int = 16) -> np.ndarray:
-    """Number of video tokens that the connector makes of `frames` frames, in groups of 16."""
-    groups = -(-frames // frames_per_group)
-    return groups * connector.queries if connector.kind == "qformer" else frames + groups
-
-
 def plan_batches(dataset: QADataset, features: FeatureTable, profile: Profile) -> BatchPlan:
     """Lay out the run that `profile.training` asks for."""
     ids = dataset.gifs
@@ -177,7 +172,8 @@ def train(
     video (`model.video` False) is trained on the same batches as one with video.
 
     Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
-    of other settings or data, TrainingError if the loss diverges or nothing is learnt (see `learning`).
+    of other settings or data, TooLong for a question that the window cannot hold, TrainingError if the loss diverges or
+    nothing is learnt (see `learning`).
     """
     model.check_features(features.encoder_key)
     if profile.training.gpus > 1 and world() == 1:
@@ -186,12 +182,15 @@ def train(
         deadline = 0.0  # what the processes left is loaded, no step is added
     training, in_prompt = profile.training, profile.evaluation.options_in_prompt
     dataset = QADataset(model, questions, options_in_prompt=in_prompt)
+    _require_room(model, dataset, questions, features, max(training.groups))
     plan = plan_batches(dataset, features, profile)
     pad = model.tokenizer.pad_token_id
     collator = Collator(features if model.video else None, pad if pad is not None else model.tokenizer.eos_token_id)
     watched: list[Any] = []
     if eval_questions is not None and len(eval_questions):
-        watched = _watched_batches(QADataset(model, eval_questions, options_in_prompt=in_prompt), features, profile)
+        kept_out = QADataset(model, eval_questions, options_in_prompt=in_prompt)
+        _require_room(model, kept_out, eval_questions, features, profile.evaluation.groups)
+        watched = _watched_batches(kept_out, features, profile)
     job = Job(
         dataset=dataset,
         plan=plan,
@@ -212,6 +211,15 @@ def train(
         answer_tokens=lambda item: len(item[1]),
     )
     return fit(model, job, folder, deadline=deadline, progress=progress, parts=tuple(PARTS))
+
+
+def _require_room(
+    model: GifQAModel, dataset: QADataset, questions: pd.DataFrame, features: FeatureTable, groups: int
+) -> None:
+    """Raise TooLong, naming the question, for one that the window cannot hold with `groups` groups of its GIF."""
+    window, frames = model.window(), features.lengths(dataset.gifs, [groups] * len(dataset))
+    for name, needed in zip(questions["question_id"], dataset.text_lengths + window.video(frames), strict=True):
+        window.require_room(needed, f"question {name}")
 
 
 def _watched_batches(rows: QADataset, features: FeatureTable, profile: Profile) -> list[Any]:

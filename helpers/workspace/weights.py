@@ -38,30 +38,45 @@ def _has_all_weights(folder: Path, pattern: str) -> bool:
     return all((folder / name).is_file() for name in set(json.loads(index.read_text())["weight_map"].values()))
 
 
-def _hub_model(model_id: str, revision: str | None) -> str:
+def _has_small_files(folder: Path) -> bool:
+    """Whether a configuration and a tokenizer are there."""
+    return (folder / "config.json").is_file() and any(any(folder.glob(name)) for name in TOKENIZERS)
+
+
+def _hub_model(model_id: str, revision: str | None, weights: bool) -> str:
     """Return the folder of a hub snapshot, from the cache without network if it is complete there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    small = ["*.json", "*.txt", "*.model"]
-    for weights in (["*.safetensors"], ["pytorch_model*.bin"]):  # older checkpoints exist in the second form only
-        patterns = {"allow_patterns": [*small, *weights], "ignore_patterns": ["*/*"]}
+    kinds = ["*.safetensors", "pytorch_model*.bin"]  # older checkpoints exist in the second form only
+    for kind in kinds if weights else [None]:
+        patterns = {"allow_patterns": [*SMALL, *([kind] if kind else [])], "ignore_patterns": ["*/*"]}
+
+        def complete(folder: str, kind: str | None = kind) -> bool:
+            return _has_all_weights(Path(folder), kind) if kind else _has_small_files(Path(folder))
+
         try:
             folder = snapshot_download(model_id, revision=revision, local_files_only=True, **patterns)
         except LocalEntryNotFoundError:
             folder = None
-        if folder is None or not _has_all_weights(Path(folder), weights[0]):
+        if folder is None or not complete(folder):
             folder = snapshot_download(model_id, revision=revision, **patterns)
-        if _has_all_weights(Path(folder), weights[0]):
+        if complete(folder):
             return folder
-    raise FileNotFoundError(f"the hub's {model_id} has neither safetensors nor pytorch_model.bin files")
+    lacks = "neither safetensors nor pytorch_model.bin files" if weights else "no config.json or no tokenizer"
+    raise FileNotFoundError(f"the hub's {model_id} has {lacks}")
 
+
+SMALL = ("*.json", "*.txt", "*.model")
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
+"""Names of a model's files beside its weights, and those that hold a tokenizer."""
 
 WAYS = {
     "GIFs": (
-        "-p language_model.model FOLDER (encoder: -p encoder.model FOLDER; in Python the arguments language_model and "
-        "video_model)",
-        "--profile tiny uses the models that ship with the suite",
+        "-p language_model.model FOLDER (video encoder: -p encoder.model FOLDER; in Python the arguments "
+        "language_model and video_model)",
+        "the small ones that ship with the suite: -p language_model.model tiny/llama -p encoder.model tiny/xclip "
+        "-p data.image_size 64",
     ),
     "ADEM-VL": (
         "-p adem.language_model FOLDER (image encoder: -p adem.vision_model FOLDER)",
@@ -72,9 +87,10 @@ WAYS = {
 """By system that asks for weights: how a folder is named, and what needs no weights."""
 
 
-def find_model(model_id: str, revision: str | None = None, system: str = "GIFs") -> str:
+def find_model(model_id: str, revision: str | None = None, system: str = "GIFs", *, weights: bool = True) -> str:
     """Return the local folder of a model's weights; system: the one of `WAYS` that asks, whose ways out are told.
 
+    weights: without, nothing but configuration and tokenizer need be there, and nothing else is fetched.
     Looked for in this order: the shipped `tiny/*` models, a folder given as `model_id`, a model attached on Kaggle,
     the Hugging Face cache or hub, `models/<name>` in the repository. Raises ModelNotFound with every way out.
     """
@@ -91,7 +107,7 @@ def find_model(model_id: str, revision: str | None = None, system: str = "GIFs")
     if attached := _attached_model(model_id):
         return str(attached)
     try:
-        return _hub_model(model_id, revision)
+        return _hub_model(model_id, revision, weights)
     except Exception as error:  # gated, unknown, offline, no disk: all lead to the same ways out, with the cause named
         local = repo_root() / "models" / name
         if (local / "config.json").is_file():

@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from helpers.models.connectors import build_connector
+from helpers.models.connectors import build_connector, video_tokens
 
 KINDS = ["mlp", "qformer"]
 
@@ -28,6 +29,12 @@ def test_tokens_and_masks(kind, counts):
     assert tokens.shape == (4, mask.shape[1], 20)
     assert mask.sum(1).tolist() == counts
     assert torch.isfinite(tokens).all()
+
+
+def test_video_tokens_of_mlp_and_qformer():
+    frames = np.array([1, 16, 17, 48])
+    assert video_tokens(config("mlp"), frames).tolist() == [2, 17, 19, 51]
+    assert video_tokens(config("qformer"), frames).tolist() == [5, 5, 10, 15]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,7 @@
 """What the operating system refuses is one sentence with a path: 2 before a kernel starts, 1 after, no traceback."""
 
+import ast
+import builtins
 import errno
 import os
 import shutil
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.runner import run as runner
-from helpers.runner.outcome import fault_of
+from helpers.runner.outcome import SENTENCES, fault_of
 from helpers.suite import main
 from helpers.workspace.disk import DiskFull
 from helpers.workspace.place import repo_root
@@ -174,3 +176,35 @@ def test_p06_as_it_was_seen(tmp_path):
     done = subprocess.run([*command, "--only", "00"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"Refused: {tmp_path / 'runs'}: Permission denied")
+
+
+INSIDE = {"BrokenFrame", "DeadlineReached", "NoSuchName", "RowError"}  # caught by who calls, never a notebook's end
+
+
+def test_every_error_of_the_suite_is_told_as_its_sentence():
+    """The list of names is that of the classes in the code."""
+    bases = {}
+    for path in (repo_root() / "helpers").rglob("*.py"):
+        if "runner" not in path.parts:
+            classes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ClassDef)]
+            bases |= {node.name: [ast.unparse(base) for base in node.bases] for node in classes}
+
+    def is_error(name: str) -> bool:
+        if name in bases:
+            return any(map(is_error, bases[name]))
+        return isinstance(found := getattr(builtins, name, None), type) and issubclass(found, BaseException)
+
+    assert {name for name in bases if is_error(name)} == SENTENCES | INSIDE
+
+
+def test_a_refused_corpus_is_its_sentence_and_what_was_left_out_is_told(suite, capsys):
+    """No traceback on the terminal; a stage's word on what it kept out stands behind its status, then and later."""
+    suite.notebook("one", "stage.finish({'left_out': '11 of 40 rows and 18 GIFs left out: rejects.parquet'})")
+    suite.notebook("two", "from helpers.corpora import CorpusError", "raise CorpusError('qa.csv:\\n  row 3 is empty')")
+    for status in ("complete in", "already done"):
+        assert suite.run() == 1
+        out, error = capsys.readouterr()
+        output = suite.runs / "tiny" / "two" / "two.ipynb"
+        assert error == f"Failed: two: qa.csv:\n  row 3 is empty\nNotebook: {output}\n"
+        line = next(line for line in out.splitlines() if status in line)
+        assert line.endswith("; 11 of 40 rows and 18 GIFs left out: rejects.parquet")

@@ -19,10 +19,11 @@ from torch import nn
 
 from helpers import training
 from helpers.corpora import target_answer
+from helpers.models.gif_qa import Window
 from helpers.models.parts import IGNORED
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.collective import TrainingError
-from helpers.training.gif_qa import Collator, QADataset, parameter_groups, plan_batches, train, video_tokens
+from helpers.training.gif_qa import Collator, QADataset, parameter_groups, plan_batches, train
 from helpers.training.plan import BatchPlan, bucket
 from helpers.workspace.machine import free_memory
 
@@ -96,7 +97,7 @@ class ToyModel(nn.Module):
     def __init__(self, video: bool = True, seed: int = 0):
         super().__init__()
         torch.manual_seed(seed)
-        self.video = video
+        self.video, self.size = video, None
         self.tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
         self.mit = nn.Linear(8, 8)
         self.connector = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16))
@@ -106,6 +107,9 @@ class ToyModel(nn.Module):
 
     def check_features(self, encoder_key):
         assert encoder_key == "toy"
+
+    def window(self):
+        return Window(self.tokenizer, self.size, toy_config())
 
     def encode_prompt(self, question, options=None):
         words = [question, *(options or [])]
@@ -221,12 +225,6 @@ def test_options_enter_the_prompt_only_when_asked():
     questions = toy_questions(2, 2).assign(task="action", options=[["one thing", "two"], ["three", "four"]])
     plain, with_options = QADataset(ToyModel(), questions), QADataset(ToyModel(), questions, options_in_prompt=True)
     assert (with_options.text_lengths - plain.text_lengths).tolist() == [3, 2]
-
-
-def test_video_tokens_of_mlp_and_qformer():
-    frames = np.array([1, 16, 17, 48])
-    assert video_tokens(Section(kind="mlp", queries=9), frames).tolist() == [2, 17, 19, 51]
-    assert video_tokens(Section(kind="qformer", queries=9), frames).tolist() == [9, 9, 18, 27]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 5000])

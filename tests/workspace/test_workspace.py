@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,6 +19,8 @@ import torch
 
 from helpers import install, workspace
 from helpers.config import load_profile
+from helpers.models.gif_qa import GifQAModel
+from helpers.models.xclip import load_xclip
 from helpers.runner import drive
 from helpers.sweeps.adem_vl import grid_of
 from helpers.training.adem_vl import build_model
@@ -360,6 +363,25 @@ def test_cut_download_is_not_taken_for_a_model(monkeypatch, tmp_path):
     assert workspace.find_model("some/model") == str(tmp_path) and asked == [True, False, True]
 
 
+def test_without_weights_only_the_small_files_are_fetched(monkeypatch, tmp_path):
+    """What a tokenizer and a configuration need; a hub's folder that lacks them is no model."""
+    asked = []
+
+    def snapshot_download(*args, allow_patterns, local_files_only=False, **kwargs):
+        asked.append(local_files_only)
+        there = ["config.json", "tokenizer.json", "spiece.model", "model.safetensors", "pytorch_model.bin"]
+        wanted = [name for name in there if any(fnmatch(name, pattern) for pattern in allow_patterns)]
+        assert wanted == ["config.json", "tokenizer.json", "spiece.model"]
+        if not local_files_only:
+            (tmp_path / "config.json").write_text("{}")
+            (tmp_path / "tokenizer.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert workspace.find_model("some/model", weights=False) == str(tmp_path) and asked == [True, False]
+    assert workspace.find_model("some/model", weights=False) == str(tmp_path) and asked == [True, False, True]
+
+
 def test_attached_data_is_not_searched_to_its_depths(monkeypatch, tmp_path):
     monkeypatch.setattr(place, "KAGGLE_INPUT", tmp_path)
     near = attach(tmp_path, "models", "owner", "name", "transformers", "3b", "1") / "config.json"
@@ -375,8 +397,30 @@ def test_gated_model_is_one_error_with_every_way_out(monkeypatch):
     with pytest.raises(workspace.ModelNotFound) as error:
         workspace.find_model("meta-llama/Llama-3.2-3B-Instruct", "main")
     text = str(error.value)
-    for part in ("gated", "at revision main", "Kaggle", "HF_TOKEN", "models/Llama-3.2-3B-Instruct", "--profile tiny"):
+    for part in ("gated", "at revision main", "Kaggle", "HF_TOKEN", "models/Llama-3.2-3B-Instruct"):
         assert part in text
+
+
+def test_weights_of_the_gif_model_are_asked_for_by_its_own_keys(monkeypatch):
+    """Whatever the profile in use is, none is advised; what is advised instead can be built."""
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    for profile in ("tiny", "kaggle", "datacenter"):
+        tiny = {"language_model.model": "tiny/llama", "encoder.model": "tiny/xclip"}
+        for key in tiny:
+            with pytest.raises(workspace.ModelNotFound) as error:
+                GifQAModel.build(load_profile(profile, tiny | {key: "nobody/none"}))
+            text = str(error.value)
+            assert "-p language_model.model FOLDER" in text and "-p encoder.model FOLDER" in text
+            assert not any(wrong in text for wrong in ("--profile", "adem."))
+            advised = dict(re.findall(r"-p ((?:language_model|encoder|data)\.\w+) (tiny/\w+|\d+)", text))
+            assert advised.items() > tiny.items()
+        asked = load_profile(profile, advised | {"data.image_size": int(advised["data.image_size"])})
+        GifQAModel.build(asked)
+        assert load_xclip(asked.encoder.model).config.vision_config.image_size == asked.data.image_size
 
 
 def test_weights_of_adem_vl_are_asked_for_by_its_own_keys(monkeypatch):

@@ -6,11 +6,11 @@ from helpers.models.gif_qa.bundle import load_bundle, load_encoder, read_bundle
 from helpers.models.gif_qa.model import (
     BUNDLE_FORMAT,
     CANDIDATE_TOKENS,
-    MAX_NEW_TOKENS,
     WORDS_AT_ONCE,
     GifQAModel,
     adapter_tensors,
 )
+from helpers.models.gif_qa.window import MAX_NEW_TOKENS, TooLong, Window, too_long_where_known
 from helpers.models.language import FEED_FORWARD_OUTPUTS, adapter_config, load_language_model
 from helpers.models.parts import IGNORED, BundleError
 
@@ -27,6 +27,8 @@ __all__ = [
     "BundleError",
     "GifQA",
     "GifQAModel",
+    "TooLong",
+    "Window",
     "adapter_config",
     "adapter_tensors",
     "asks_for_count",
@@ -35,4 +37,5 @@ __all__ = [
     "load_encoder",
     "load_language_model",
     "read_bundle",
+    "too_long_where_known",
 ]

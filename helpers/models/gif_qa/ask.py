@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from helpers.corpora.tasks import COUNTS, asks_for_count, require_finite_scores,
 from helpers.gifs.decode import Limits, decode, decode_frames, encode_frames, read_gif
 from helpers.models.gif_qa.bundle import load_bundle, load_encoder, read_bundle
 from helpers.models.gif_qa.model import GifQAModel
+from helpers.models.gif_qa.window import WRITTEN_TOKENS
 from helpers.models.parts import inference
 from helpers.models.xclip import FrameEncoder
 from helpers.workspace.machine import compute_dtype
@@ -121,8 +123,8 @@ class GifQA:
         starts with "how many times"): the rounded expectation over the numbers 1 to 10. Else: free text, with the
         beams as alternatives. Relevance is by occlusion: the frame is masked out of the multi-frame transformer and of
         the prompt (what its message told other frames inside the encoder stays). Raises ValueError for an empty
-        question, less than two options or scores that are not finite (ScoreError), GifRejected for a file that is no
-        usable GIF.
+        question, less than two options, what is too long for the window (TooLong) or scores that are not finite
+        (ScoreError), GifRejected for a file that is no usable GIF.
         """
         question, options = check_question(question, options)
         count = not options and (task == "count" or (task is None and asks_for_count(question)))
@@ -140,6 +142,10 @@ class GifQA:
             frames, times = self.encode(gif) if gif is not None else (torch.zeros(1, dim), [])
         video = model.video_input(None if frames is None else frames[None], [len(times)])
         closed = bool(candidates)
+        behind = [len(model.encode_answer(text)) for text in candidates] or [WRITTEN_TOKENS]
+        window = model.window()
+        room = len(prompt) + int(window.video(np.array(len(times)))) + max(behind)
+        window.require_room(room, f"the question {shorten(question, 80)!r}")
         if not closed:
             beams = max(5, model.profile.evaluation.num_beams)
             best = model.decode([prompt], video, model.profile.evaluation.num_beams, 1)[0]

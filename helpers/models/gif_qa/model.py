@@ -22,9 +22,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from helpers.config import Profile
+from helpers.config import EvaluationConfig, Profile
 from helpers.corpora.tasks import require_finite_scores
 from helpers.models.connectors import build_connector
+from helpers.models.gif_qa.window import MAX_NEW_TOKENS, Window, window_size
 from helpers.models.language import (
     adapter_config,
     answer_loss,
@@ -42,7 +43,6 @@ from helpers.workspace.weights import find_model
 BUNDLE_FORMAT = 1  # raise when an older bundle can no longer be read
 CANDIDATE_TOKENS = 512  # candidate tokens scored behind one prefix in one row; more get a row of their own
 WORDS_AT_ONCE = 32  # of a closed vocabulary, scored in one pass for each prompt
-MAX_NEW_TOKENS = 24  # an answer is a word, a number or a short phrase
 
 
 class GifQAModel(nn.Module):
@@ -136,6 +136,11 @@ class GifQAModel(nn.Module):
                 "features with the model's own encoder, or train a bundle on these"
             )
 
+    def window(self, evaluation: EvaluationConfig | None = None) -> Window:
+        """The language model's window as this model fills it; evaluation: the section to ask by, if not the own one."""
+        profile = self.profile if evaluation is None else self.profile.model_copy(update={"evaluation": evaluation})
+        return Window(self.tokenizer, window_size(self.language_model.config), profile)
+
     def gradient_checkpointing_enable(self) -> None:
         """In training, compute the language model's activations again for the backward pass instead of keeping them."""
         self.language_model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -206,7 +211,7 @@ class GifQAModel(nn.Module):
         return packed, mask, order - (rank.shape[1] - input_ids.shape[1])
 
     def _require_room(self, length: int) -> None:
-        limit = getattr(self.language_model.config, "max_position_embeddings", None)
+        limit = self.window().size
         if limit is not None and length > limit:
             raise ValueError(f"a sequence of {length} tokens (video and text) is over the language model's {limit}")
 
