@@ -245,7 +245,10 @@ def gif_name(path: str) -> str | None:
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, str]]:
-    for file in files_below(folder):
+    def walk(file: Path) -> list[tuple[bool, str]]:  # a folder's own files come before those of its folders
+        return [*((True, part) for part in file.parts[:-1]), (False, file.name)]
+
+    for file in sorted(files_below(folder), key=walk):
         if name := gif_name(file.name):
             yield name, str(file)
 

@@ -125,7 +125,7 @@ def test_files_that_cannot_be_used_are_clear_errors(gifs):
         (["gif,task,question,options", row], "no column answer; the columns found are gif, task, question, options"),
         ([""], "is empty: expected the header gif,task"),
         ([HEADER], "has a header but no questions"),
-        ([HEADER, "bird.gif,frameqa,what ?,bird,"], "No usable question .*no such GIF .*qa.csv row 2"),
+        ([HEADER, "bird.gif,frameqa,what ?,bird,"], r"No usable question (.|\n)*qa.csv row 2, bird.gif: .*no such GIF"),
         ([HEADER + ",gif", row], "column gif occurs more than once"),
         ([HEADER, row, 'cat.gif,frameqa,"what ?,cat,', row], "not a readable CSV near line 4"),
     ]

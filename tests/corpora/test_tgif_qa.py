@@ -200,7 +200,7 @@ def test_unreadable_folders_are_clear_errors(tmp_path):
     with pytest.raises(CorpusError, match=r"Train_count_question\.csv: no column answer .*vid_id"):
         tgif_qa.load(tmp_path)
     write(tmp_path / "Train_count_question.csv", COUNT, "a\tHow many times ?\tmany\tc\td")
-    with pytest.raises(CorpusError, match=r"No usable question .*'many' \(1 times\)"):
+    with pytest.raises(CorpusError, match=r"No usable question (.|\n)*csv row 2, a: .*found 'many'"):
         tgif_qa.load(tmp_path)
 
 
@@ -267,7 +267,7 @@ def test_gif_sources_without_gifs_are_clear_errors(folder, tmp_path):
     with pytest.raises(CorpusError, match="holds none"):
         tgif_qa.load(folder, tmp_path / "empty")
     (tmp_path / "empty" / "other.gif").touch()
-    with pytest.raises(CorpusError, match=r"No usable question .*not there"):
+    with pytest.raises(CorpusError, match=r"No usable question (.|\n)*not there"):
         tgif_qa.load(folder, tmp_path / "empty")
 
 
