@@ -30,7 +30,7 @@ from helpers.corpora.schema import (
     reject_table,
     require_questions,
 )
-from helpers.corpora.sheets import read_sheet, whole_number
+from helpers.corpora.sheets import DAMAGED, read_sheet, whole_number
 from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, bare, question_key
 from helpers.workspace.disk import whole
 from helpers.workspace.names import Names, NoSuchName, folded, shown, visible
@@ -86,7 +86,7 @@ def _cells(cells: list[str], header: list[str]) -> dict[str, str]:
     if len(cells) > len(header):
         raise RowError(f"{len(cells)} columns, but the header has {len(header)}: quote a text that holds the separator")
     if any("\0" in cell for cell in cells):
-        raise RowError("it holds NUL characters, as a file has them that a power cut or a disk damaged")
+        raise RowError(DAMAGED)
     # commas at the end of a row are easily left out by hand
     cells = cells + [""] * (len(header) - len(cells))
     # a file's name may hold any character: Names knows what to make of it

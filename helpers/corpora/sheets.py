@@ -16,6 +16,9 @@ from helpers.workspace.names import visible
 SEPARATOR_LINE = re.compile(r'"?sep=(?P<named>\\t|[^"\n]?)"?[,;\t ]*(?:\n|$)', re.IGNORECASE)
 """The first line by which Excel is told what separates the cells."""
 
+DAMAGED = "it holds NUL characters, as files have them that a power cut or a disk damaged"
+"""Why a row is left out that holds them."""
+
 WIDE = {  # the byte order mark of longer units comes first; without one a header shows them by its zeros
     rb"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",
     rb"\xff\xfe|\xfe\xff": "utf-16",
