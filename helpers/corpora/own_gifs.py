@@ -52,7 +52,12 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
     """
     folder, path = Path(folder), Path(csv_path)
     if not folder.is_dir():
-        raise CorpusError(f"GIFs: there is no folder {folder}.")
+        what = (
+            f"{folder} is a file: unpack it, and name the folder"
+            if folder.is_file()
+            else f"there is no folder {folder}"
+        )
+        raise CorpusError(f"GIFs: {what}.")
     if not 0 <= holdout <= 1:
         raise CorpusError(f"holdout is a share of the GIFs from 0 to 1; found {holdout}.")
     header, records = read_sheet(path, COLUMNS, needed=COLUMNS[:-1])

@@ -39,7 +39,8 @@ def read_sheet(path: Path, columns: Sequence[str], needed: Sequence[str]) -> tup
     CorpusError for a file that is no such table, cannot be read, or holds no header or no rows.
     """
     if not path.is_file():
-        raise CorpusError(f"Questions: there is no file {path}.")
+        what = f"{path} is a folder: name the CSV in it" if path.is_dir() else f"there is no file {path}"
+        raise CorpusError(f"Questions: {what}.")
     text, separator = table_text(path)
     # strict: else a quote that is never closed would swallow the rows after it in silence
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)

@@ -144,6 +144,10 @@ def test_files_that_cannot_be_used_are_clear_errors(gifs):
             own_gifs.load(gifs, write(gifs, *lines))
     with pytest.raises(CorpusError, match="there is no file"):
         own_gifs.load(gifs, gifs / "absent.csv")
+    with pytest.raises(CorpusError, match=r"qa\.csv is a file: unpack it, and name the folder\.$"):
+        own_gifs.load(write(gifs, HEADER, row), gifs.parent / "qa.csv")
+    with pytest.raises(CorpusError, match=r"gifs is a folder: name the CSV in it\.$"):
+        own_gifs.load(gifs, gifs)
     with pytest.raises(CorpusError, match="there is no folder"):
         own_gifs.load(gifs / "absent", write(gifs, HEADER, row))
     (gifs.parent / "qa.csv").write_bytes(HEADER.encode() + b"\ncat.gif,frameqa,caf\xe9 ?,cat,\n")
