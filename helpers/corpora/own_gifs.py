@@ -30,7 +30,7 @@ from helpers.corpora.schema import (
     reject_table,
     require_questions,
 )
-from helpers.corpora.sheets import read_sheet, whole_number
+from helpers.corpora.sheets import DAMAGED, read_sheet, whole_number
 from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, bare, question_key
 from helpers.workspace.disk import whole
 from helpers.workspace.names import Names, NoSuchName, folded, shown, visible
@@ -52,7 +52,12 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
     """
     folder, path = Path(folder), Path(csv_path)
     if not folder.is_dir():
-        raise CorpusError(f"GIFs: there is no folder {folder}.")
+        what = (
+            f"{folder} is a file: unpack it, and name the folder"
+            if folder.is_file()
+            else f"there is no folder {folder}"
+        )
+        raise CorpusError(f"GIFs: {what}.")
     if not 0 <= holdout <= 1:
         raise CorpusError(f"holdout is a share of the GIFs from 0 to 1; found {holdout}.")
     header, records = read_sheet(path, COLUMNS, needed=COLUMNS[:-1])
@@ -85,6 +90,8 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
 def _cells(cells: list[str], header: list[str]) -> dict[str, str]:
     if len(cells) > len(header):
         raise RowError(f"{len(cells)} columns, but the header has {len(header)}: quote a text that holds the separator")
+    if any("\0" in cell for cell in cells):
+        raise RowError(DAMAGED)
     # commas at the end of a row are easily left out by hand
     cells = cells + [""] * (len(header) - len(cells))
     # a file's name may hold any character: Names knows what to make of it
@@ -131,9 +138,14 @@ def _options_and_answer(row: dict[str, str], number: int, indices: dict[int, tup
     if "options" not in row:
         raise RowError(f"{row['task']} needs options, and the CSV has no column options")
     options = _split_options(row["options"], answer)
+    if len(options) < 2 or "" in options:
+        rule = f"{row['task']} needs two or more options, none of them empty, with vertical bars between them"
+        raise RowError(f"{rule}; found {options}")
     index, is_number = _option_index(answer, options)
     if is_number:
         indices[number] = (index, len(options))
+        if options.count(dict(enumerate(options)).get(index, "")) > 1:
+            raise RowError(f"the answer {answer!r} is more than one of the options {options}")
     return {"options": options, "answer": str(index)}
 
 
@@ -149,6 +161,7 @@ def _split_options(cell: str, answer: str) -> list[str]:
         or len(set(forms)) < len(forms)
         or len({bool(option[:1].isspace()) for option in cell.split(separator)[1:]}) > 1  # "1,5 m, 2,5 m"
         or any(re.search(r"\b(and|or)\b", form) for form in forms)  # "red, white and blue"
+        or re.match("[\\[{\"'\u2018\u201c]", cell)  # a list as a program writes it
         or re.search("[,;]", answer)
     )
     if unlike:

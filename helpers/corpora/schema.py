@@ -37,6 +37,9 @@ class CorpusError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(shown(message))
 
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]  # what a notebook shows of it: the files are at fault, and no line of code
+
 
 class RowError(ValueError):
     """One question that cannot be used; its message is the reason in the table of rejects."""
@@ -140,10 +143,7 @@ def left_out(corpus: Corpus, kept: pd.DataFrame, gifs: Iterable[str]) -> str:
 
 
 def require_questions(questions: Sequence[Any], rejects: Sequence[tuple[str, str, str]], source: str | Path) -> None:
-    """Raise `CorpusError` if no question is left, quoting the commonest reasons."""
-    if questions:
-        return
-    reasons = pd.Series([reason for _, _, reason in rejects], dtype=str).value_counts().head(3)
-    first = f" The first was {rejects[0][0]!r} ({rejects[0][1]})." if rejects else ""
-    listed = "; ".join(f"{reason} ({number} times)" for reason, number in reasons.items())
-    raise CorpusError(f"No usable question is left of {source}. Reasons: {listed or 'there are no rows'}.{first}")
+    """Raise `CorpusError` if no question is left, with the rejects that lie behind it."""
+    if not questions:
+        why = listed_rejects(rejects) or " There are no rows."
+        raise CorpusError(f"No usable question is left of {source}.{why}")

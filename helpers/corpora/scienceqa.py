@@ -27,6 +27,7 @@ from helpers.config import nearest
 from helpers.corpora.schema import CorpusError, RowError, reject_table, require_questions
 from helpers.workspace.disk import put_in_place, require_disk, whole
 from helpers.workspace.inputs import attached_paths
+from helpers.workspace.names import is_leftover
 
 SPLITS = ("train", "val", "test")
 SUBJECTS = ("natural science", "social science", "language science")
@@ -180,7 +181,7 @@ def _unpack(archive: Path, folder: Path) -> None:
         staging.mkdir()
         for member in opened.infolist():
             match = re.fullmatch(r"(?:[A-Za-z0-9_-]+/)*([A-Za-z0-9_-]+)/(image\.[a-z]+)", member.filename)
-            if match is None or member.file_size > MAX_IMAGE_BYTES:
+            if match is None or is_leftover(member.filename) or member.file_size > MAX_IMAGE_BYTES:
                 continue
             (staging / match[1]).mkdir(exist_ok=True)
             (staging / match[1] / match[2]).write_bytes(opened.read(member))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import io
@@ -17,6 +16,17 @@ from helpers.workspace.names import visible
 SEPARATOR_LINE = re.compile(r'"?sep=(?P<named>\\t|[^"\n]?)"?[,;\t ]*(?:\n|$)', re.IGNORECASE)
 """The first line by which Excel is told what separates the cells."""
 
+DAMAGED = "it holds NUL characters, as files have them that a power cut or a disk damaged"
+"""Why a row is left out that holds them."""
+
+WIDE = {  # the byte order mark of longer units comes first; without one a header shows them by its zeros
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",
+    rb"\xff\xfe|\xfe\xff": "utf-16",
+    rb"[^\0]\0[^\0]\0": "utf-16-le",
+    rb"\0[^\0]\0[^\0]": "utf-16-be",
+}
+"""Encodings of more than a byte a character, by how a file in them begins."""
+
 Row = tuple[int, list[str]]
 """The row's number, the header being row 1, and its cells as they are written."""
 
@@ -24,18 +34,14 @@ Row = tuple[int, list[str]]
 def read_sheet(path: Path, columns: Sequence[str], needed: Sequence[str]) -> tuple[list[str], list[Row]]:
     """Return the header, in lower case, and the rows that are not blank.
 
-    Read are UTF-8 (and UTF-16 that says so), any kind of line end, commas, semicolons or tabs, and whatever character
-    a first line `sep=` names. columns: those of the format, by which a header is known. needed: those that must be
-    there. Raises CorpusError for a file that is no such table, or holds no header or no rows.
+    Read are UTF-8 and UTF-16, any kind of line end, commas, semicolons or tabs, and whatever character a first line
+    `sep=` names. columns: those of the format, by which a header is known. needed: those that must be there. Raises
+    CorpusError for a file that is no such table, cannot be read, or holds no header or no rows.
     """
     if not path.is_file():
-        raise CorpusError(f"Questions: there is no file {path}.")
-    text = re.sub(r"\r*\n|\r", "\n", _text(path.read_bytes(), path)).lstrip("\ufeff\n")
-    told = SEPARATOR_LINE.match(text)
-    text = text[told.end() :].lstrip("\n") if told else text
-    first_line = text.split("\n", 1)[0]
-    # spreadsheets of some countries write semicolons
-    separator = told["named"].replace("\\t", "\t") if told and told["named"] else max(",;\t", key=first_line.count)
+        what = f"{path} is a folder: name the CSV in it" if path.is_dir() else f"there is no file {path}"
+        raise CorpusError(f"Questions: {what}.")
+    text, separator = table_text(path)
     # strict: else a quote that is never closed would swallow the rows after it in silence
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
@@ -43,7 +49,7 @@ def read_sheet(path: Path, columns: Sequence[str], needed: Sequence[str]) -> tup
     except csv.Error as error:
         advice = "A quote inside a quoted cell is written twice, and every opened quote is closed."
         raise CorpusError(f"{path}: not a readable CSV near line {reader.line_num} ({error}). {advice}") from error
-    if not records or not any(visible(cell) for cell in records[0]):
+    if not records or not any(visible(cell).strip("\0") for cell in records[0]):
         raise CorpusError(f"{path} is empty: expected the header {','.join(columns)} and a row for each question.")
     header = [visible(cell).lower() for cell in records[0]]
     _check_header(header, path, columns, needed)
@@ -53,21 +59,48 @@ def read_sheet(path: Path, columns: Sequence[str], needed: Sequence[str]) -> tup
     return header, rows
 
 
-def _text(data: bytes, path: Path) -> str:
-    kind = _other_kind(data)
-    if kind:
-        raise CorpusError(f'{path} is {kind}, not a CSV. Open it and save it as "CSV UTF-8".')
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+def table_text(path: Path, errors: str = "strict") -> tuple[str, str]:
+    """The text of a table with "\\n" at each line's end, without a line `sep=`, and the character between its cells.
+
+    errors: what becomes of bytes that are no text, as `bytes.decode` takes it. Raises CorpusError for a file that is
+    no text or cannot be read.
+    """
+    text = re.sub(r"\r*\n|\r", "\n", _decoded(path, errors)).lstrip("\ufeff\n")
+    if "\n" not in text:  # what other systems end a line with; beside a usual line end they are part of a cell
+        text = "\n".join(text.splitlines())
+    told = SEPARATOR_LINE.match(text)
+    text = text[told.end() :].lstrip("\n") if told else text
+    if told and told["named"]:
+        return text, told["named"].replace("\\t", "\t")
+    # spreadsheets of some countries write semicolons
+    return text, max(",;\t", key=text.split("\n", 1)[0].count)
+
+
+def _decoded(path: Path, errors: str) -> str:
     try:
-        return data.decode(encoding)
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from error
+    if kind := _other_kind(data):
+        raise CorpusError(f'{path} is {kind}, not a CSV. Open it and save it as "CSV UTF-8".')
+    encoding = next((name for start, name in WIDE.items() if re.match(start, data, re.DOTALL)), "utf-8-sig")
+    try:
+        return data.decode(encoding, errors)
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 text (byte {error.start}). Save the CSV as UTF-8.") from error
+        line, name = data.count(b"\n", 0, error.start) + 1, "UTF-8" if encoding == "utf-8-sig" else "whole UTF-16"
+        raise CorpusError(f"{path}: line {line} is not {name} text. Save the CSV as UTF-8.") from error
 
 
 def _other_kind(data: bytes) -> str:
     """What a file of questions is by its first bytes if it is no text; "" if it may be one."""
     if data.startswith(b"\xd0\xcf\x11\xe0"):
         return "an old Excel workbook (.xls)"
+    if data.startswith(b"\x1f\x8b"):
+        return "packed by gzip"
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS (`git lfs pull` fetches the file)"
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html)", data, re.IGNORECASE):
+        return "a web page"
     if not data.startswith(b"PK\x03\x04"):
         return ""
     try:

@@ -16,6 +16,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -24,13 +25,15 @@ from helpers.corpora.schema import (
     Corpus,
     CorpusError,
     RowError,
+    listed_rejects,
     question_row,
     question_table,
     reject_table,
     require_questions,
 )
+from helpers.corpora.sheets import DAMAGED, table_text, whole_number
 from helpers.corpora.tasks import MULTIPLE_CHOICE, TASKS, TYPES
-from helpers.workspace.names import files_below, is_leftover
+from helpers.workspace.names import files_below, is_leftover, visible
 
 OPTIONS = ["a1", "a2", "a3", "a4", "a5"]
 COLUMNS = {
@@ -43,6 +46,8 @@ COLUMNS = {
 
 TEST_QUESTIONS = {"count": 3554, "action": 2274, "transition": 6232, "frameqa": 13691}
 """Questions of the official test files, by which published scores are divided."""
+
+SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
 HQGA_OPTIONS = ["a0", "a1", "a2", "a3", "a4"]
 # HQGA joined hyphenated answers; undone, the answers of train and test are the 1,746 words that TGIF-QA states
@@ -61,6 +66,15 @@ class _File:
     @property
     def is_hqga(self) -> bool:
         return "gif_name" not in self.header
+
+    @cached_property
+    def counts_from_one(self) -> bool:
+        """Whether the answers that are options' indices go to the number of options, and none is 0."""
+        if self.task not in MULTIPLE_CHOICE:
+            return False
+        column, width = self.header.index("answer"), len(self.header)
+        answers = {_cell(cells[column]) for _, cells in self.rows if len(cells) == width}
+        return str(len(OPTIONS)) in answers and "0" not in answers
 
 
 def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
@@ -116,17 +130,23 @@ def _question_files(folder: Path, rejects: list[tuple[str, str, str]]) -> list[_
     if not folder.is_dir():
         raise CorpusError(f"TGIF-QA's question files: there is no folder {folder}.")
     files = []
-    for path in [path for path in files_below(folder) if path.suffix.lower() in (".csv", ".tsv")]:
+    for path in files_below(folder):
         name = path.relative_to(folder).as_posix()
         words = set(re.split(r"[^a-z]+", name.lower()))
         splits, tasks = words.intersection(SPLITS), words.intersection(TASKS)
-        if len(splits) == len(tasks) == 1:
+        is_table = path.suffix.lower() in (".csv", ".tsv")
+        if not is_table and len(splits) == len(tasks) == 1 and path.suffix.lower() in SHEETS:
+            rejects.append((name, folder.name, "not read: a spreadsheet's own format; save it as CSV UTF-8"))
+        elif not is_table:
+            continue
+        elif len(splits) == len(tasks) == 1:
             files.append(_read(path, name, splits.pop(), tasks.pop()))
         elif splits:
             rule = f"its name must hold one split ({', '.join(SPLITS)}) and one task ({', '.join(TASKS)})"
             rejects.append((name, folder.name, f"not read: {rule}"))
     if not files:
-        raise CorpusError(f"No question file in {folder}: expected names like Train_action_question.csv.")
+        expected = f"No question file in {folder}: expected names like Train_action_question.csv."
+        raise CorpusError(expected + listed_rejects(rejects))
     # where a question is in both encodings the official file wins
     return sorted(files, key=lambda file: file.is_hqga)
 
@@ -134,22 +154,25 @@ def _question_files(folder: Path, rejects: list[tuple[str, str, str]]) -> list[_
 def _read(path: Path, name: str, split: str, task: str) -> _File:
     # Official files have no quoting: a line is a row, a TAB ends a cell. HQGA's quote cells but never break a line
     # inside one, so they too are read line by line: an unclosed quote then costs its own row, not the rest of the file.
-    lines = path.read_bytes().decode("utf-8-sig", errors="replace").split("\n")
-    lines = [line.removesuffix("\r") for line in lines]
-    delimiter = "\t" if "\t" in lines[0] else ","
+    # What a spreadsheet saved has commas or semicolons and quotes its cells.
+    text, separator = table_text(path, errors="replace")
     rows = [
-        (number, line.split("\t") if delimiter == "\t" else _comma_cells(line))
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        (number, line.split("\t") if separator == "\t" else _quoted_cells(line, separator))
+        for number, line in enumerate(text.split("\n"), start=1)
+        if visible(line).strip(separator)
     ]
-    header = [cell.strip() for cell in rows[0][1]] if rows else []
+    header = [_cell(cell) for cell in rows[0][1]] if rows else []
     _check_header(name, task, header)
     return _File(path, name, split, task, header, rows[1:])
 
 
-def _comma_cells(line: str) -> list[str]:
+def _cell(text: str) -> str:
+    return text.strip() if text.isascii() else visible(text)  # official texts are ASCII, some with two spaces
+
+
+def _quoted_cells(line: str, separator: str) -> list[str]:
     try:
-        return next(csv.reader([line]))
+        return next(csv.reader([line], delimiter=separator))
     except csv.Error:
         return [line]  # an over-long cell: the row is rejected for its number of columns
 
@@ -170,22 +193,28 @@ def _names_of_keys(files: list[_File]) -> dict[str, str]:
             name, key, width = file.header.index("gif_name"), file.header.index("key"), len(file.header)
             for _, cells in file.rows:
                 if len(cells) == width:
-                    names.setdefault(cells[key].strip(), cells[name].strip())
+                    names.setdefault(_cell(cells[key]), _cell(cells[name]))
     return names
 
 
 def _question(file: _File, cells: list[str], names: dict[str, str]) -> dict:
     if len(cells) != len(file.header):
         raise RowError(f"{len(cells)} columns, but the header has {len(file.header)}")
-    row = {column: cell.strip() for column, cell in zip(file.header, cells, strict=True)}
+    row = {column: _cell(cell) for column, cell in zip(file.header, cells, strict=True)}
     if any("�" in cell for cell in cells):
         raise RowError("not UTF-8 text")
+    if any("\0" in cell for cell in cells):
+        raise RowError(DAMAGED)
+    if file.counts_from_one:
+        raise RowError("the file's option indices count from 1 (one is 5, none is 0), TGIF-QA's from 0 to 4")
     gif = names.get(row["video"], row["video"]) if file.is_hqga else row["gif_name"]
     vid_id = row["qid" if file.is_hqga else "vid_id"]
     if not gif or not vid_id:
         raise RowError("no GIF is named" if not gif else "no question id is given")
     options = HQGA_OPTIONS if file.is_hqga else OPTIONS
     question, answer = row["question"], row["answer"]
+    if file.task != "frameqa":
+        answer = whole_number(answer, "the answer is a whole number")
     if file.is_hqga:
         question, answer = _official_wording(question, file.task), HQGA_SPELLING.get(answer, answer)
     return question_row(
@@ -245,7 +274,10 @@ def gif_name(path: str) -> str | None:
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, str]]:
-    for file in files_below(folder):
+    def walk(file: Path) -> list[tuple[bool, str]]:  # a folder's own files come before those of its folders
+        return [*((True, part) for part in file.parts[:-1]), (False, file.name)]
+
+    for file in sorted(files_below(folder), key=walk):
         if name := gif_name(file.name):
             yield name, str(file)
 
@@ -262,8 +294,8 @@ def _in_archive(archive: Path, rejects: list[tuple[str, str, str]]) -> Iterator[
 
 
 def _in_list(path: Path, rejects: list[tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
+    text, _ = table_text(path, errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
         url = line.split("\t")[0].strip()
         if not url:
             continue

@@ -5,6 +5,7 @@ frames are cropped. A file that cannot be used ends in `GifRejected`, whose reas
 """
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -166,9 +167,9 @@ def read_gif(source: str | os.PathLike | bytes | Image.Image, max_bytes: int = L
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):
         raise ValueError(f"{name} is a URL: download it first and give its path or bytes")
-    archive, separator, member = name.partition("::")
+    archive, member = _archive_and_member(name)
     try:
-        if separator:
+        if archive:
             return limits.check_bytes(_zip_member(archive, member, max_bytes))
         with Path(name).open("rb") as file:
             return limits.check_bytes(file.read(max_bytes + 1))
@@ -294,6 +295,14 @@ def _writable(frame: Image.Image) -> Image.Image:
     if frame.mode in ("1", "L", "P", "RGB", "RGBA"):
         return frame.copy()
     return frame.convert("RGBA" if frame.has_transparency_data else "RGB")
+
+
+def _archive_and_member(name: str) -> tuple[str, str]:
+    """Take "archive.zip::member" apart; "" and the name for a file. Folders and files may have "::" in their names."""
+    if "::" not in name or os.path.lexists(name):
+        return "", name
+    splits = [(name[: found.start()], name[found.start() + 2 :]) for found in re.finditer("(?=::)", name)]
+    return next((split for split in splits if os.path.isfile(split[0])), splits[0])
 
 
 def _zip_member(archive: str, member: str, max_bytes: int) -> bytes:

@@ -1,5 +1,6 @@
 """How a run ends: the exit codes, and the errors that lead to them."""
 
+import builtins
 from pathlib import Path
 
 DONE, FAILED, REFUSED, PAUSED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -11,6 +12,11 @@ EXIT_CODES = """exit codes:
   75   paused: a deadline passed, too few GPU-hours are left, or an upstream stage is only partly done; the command
        that goes on is printed
   130  interrupted by Ctrl-C; the same command goes on"""
+
+SYSTEM_FAULTS = {"DiskFull"} | {
+    name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, OSError)
+}
+"""Names of the errors by which the operating system refuses something: they tell of the disk, not of the code."""
 
 
 # the suite's own errors, by name as a kernel tells them: each is a sentence that says what to do, the place in the code

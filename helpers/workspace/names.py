@@ -5,15 +5,19 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 import unicodedata
 from functools import cached_property
 from pathlib import Path
 
 LEFTOVERS = re.compile(
     r"\._.*|\.ds_store|\.appledouble|__macosx|icon\r|\.localized|\.apdisk|\.fseventsd|\.trashes|\.trash(-\d+)?"
-    r"|\.spotlight-v100|\.temporaryitems|\.documentrevisions-v100|\.volumeicon\.icns"  # macOS
-    r"|(eh)?thumbs(_vista)?\.db|desktop\.ini|\$recycle\.bin|system volume information|~\$.*"  # Windows and Office
-    r"|\.directory|lost\+found|\.nfs[0-9a-f]+|\.fuse_hidden.*|\.~lock\..*#|@eadir",  # Linux, LibreOffice, network disks
+    r"|\.spotlight-v100|\.temporaryitems|\.documentrevisions-v100|\.volumeicon\.icns|network trash folder"  # macOS
+    r"|(eh)?thumbs(_vista)?\.db|desktop\.ini|\$recycle\.bin|recycler|found\.\d{3}|system volume information"  # Windows
+    r"|.*:zone\.identifier|~\$.*"  # Windows and Office
+    r"|\.directory|lost\+found|\.nfs[0-9a-f]+|\.fuse_hidden.*|\.~lock\..*#|\.thumbnails|\.goutputstream-.*"  # Linux
+    r"|@eadir|#recycle|@recycle|\.@__thumb|#snapshot|\.snapshot"  # network disks
+    r"|\.ipynb_checkpoints|\.dropbox(\.cache)?|\.stfolder|\.stversions",  # Jupyter, Dropbox, Syncthing
     re.IGNORECASE | re.DOTALL,
 )
 """Names of files and folders that a system leaves behind in a person's folder."""
@@ -54,9 +58,18 @@ def folded(text: str) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder in sorted order, but for leftovers; linked folders too, each real folder once."""
+    """Every file below a folder in sorted order, but for leftovers; linked folders too, each real folder once.
+
+    Of several ways to a folder the first counts, where each folder's entries are gone through in sorted order. Raises
+    the OSError of a folder that cannot be listed: its files would be missed in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
     found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
@@ -90,7 +103,7 @@ class Names:
         wanted = [*parts, *([*part[:-1], part[-1] + self._ending] for part in parts if part)]
         for exact in (True, False):
             for part in filter(None, wanted):
-                found = [path for path in self._matches("", part, exact) if (self._folder / path).is_file()]
+                found = [path for path in self._matches("", part, exact) if self._is_file(path)]
                 if len(found) > 1:
                     raise NoSuchName(f"several files could be meant, write the name of one: {_listed(found)}")
                 if found:
@@ -116,19 +129,34 @@ class Names:
         paths = [f"{parent}/{name}" if parent else name for name in names]
         return [found for path in paths for found in self._matches(path, parts[1:], exact)] if parts[1:] else paths
 
+    def _is_file(self, path: str) -> bool:
+        try:
+            return stat.S_ISREG(os.stat(self._folder / path).st_mode)
+        except FileNotFoundError:  # a link that leads nowhere
+            return False
+        except OSError as error:
+            raise NoSuchName(f"{shown(path)} cannot be read: {error.strerror}") from error
+
     def _listing(self, parent: str) -> dict[str, list[str]]:
         """The names in one folder by their folded form; a listing tells their spelling where a file system does not."""
         if parent not in self._entries:
-            listed = self._entries[parent] = {}
-            place = self._folder / parent
-            for name in sorted(os.listdir(place)) if place.is_dir() else []:
+            place, listed = self._folder / parent, {}
+            try:
+                names = sorted(os.listdir(place)) if place.is_dir() else []
+            except OSError as error:
+                raise NoSuchName(f"the folder {shown(place.name)} cannot be read: {error.strerror}") from error
+            for name in names:
                 if not is_leftover(name):
                     listed.setdefault(folded(name), []).append(name)
+            self._entries[parent] = listed
         return self._entries[parent]
 
     @cached_property
     def _all(self) -> list[str]:
-        paths = [path.relative_to(self._folder).as_posix() for path in files_below(self._folder)]
+        try:
+            paths = [path.relative_to(self._folder).as_posix() for path in files_below(self._folder)]
+        except OSError:  # a name is not found for want of a hint
+            paths = []
         return [path for path in paths if path.lower().endswith(self._ending)]
 
     def _missing(self, written: str) -> str:

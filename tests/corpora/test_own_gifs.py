@@ -1,14 +1,17 @@
 """Own GIFs: the CSV format, its rejects, the hold-out, and writing it."""
 
+import csv
 import types
 import unicodedata
 
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from helpers import corpora
 from helpers.corpora import own_gifs
 from helpers.corpora.schema import CorpusError
+from helpers.gifs.decode import read_gif
 
 HEADER = "gif,task,question,answer,options"
 
@@ -99,6 +102,13 @@ def test_a_number_among_numeric_options_is_their_text(gifs):
         ('cat.gif,action,what ?,a,"a, b; c"', "cannot be told where an option ends"),
         ('cat.gif,action,what ?,a,"a, b, a"', "cannot be told where an option ends"),
         ('cat.gif,action,what ?,"1,5","1,5,2,7"', "cannot be told where an option ends"),
+        ('cat.gif,action,what ?,a,"[""a"", ""b""]"', "cannot be told where an option ends"),
+        ("cat.gif,action,what ?,0,\"['a', 'b']\"", "cannot be told where an option ends"),
+        ("cat.gif,action,what ?,0,a/b/c", "needs two or more options.*vertical bars between them; found"),
+        ("cat.gif,action,what ?,0,a|a|b", "the answer '0' is more than one of the options"),
+        ("cat.gif,action,what ?,(2),a b|c d", r"the answer '\(2\)' is not one of the options"),
+        ("cat.gif,frameqa,what\0 ?,cat,", "holds NUL characters"),
+        ("cat.gif,count,how many ?,10+,", "a count is an integer; found '10\\+'"),
         ("cat.gif,frameqa,  ,cat,", "question is empty"),
         ("cat.gif,frameqa,what ?,,", "answer is empty"),
         ("cat.gif,frameqa,what, then ?,cat,", "6 columns, but the header has 5"),
@@ -125,7 +135,7 @@ def test_files_that_cannot_be_used_are_clear_errors(gifs):
         (["gif,task,question,options", row], "no column answer; the columns found are gif, task, question, options"),
         ([""], "is empty: expected the header gif,task"),
         ([HEADER], "has a header but no questions"),
-        ([HEADER, "bird.gif,frameqa,what ?,bird,"], "No usable question .*no such GIF .*qa.csv row 2"),
+        ([HEADER, "bird.gif,frameqa,what ?,bird,"], r"No usable question (.|\n)*qa.csv row 2, bird.gif: .*no such GIF"),
         ([HEADER + ",gif", row], "column gif occurs more than once"),
         ([HEADER, row, 'cat.gif,frameqa,"what ?,cat,', row], "not a readable CSV near line 4"),
     ]
@@ -134,6 +144,10 @@ def test_files_that_cannot_be_used_are_clear_errors(gifs):
             own_gifs.load(gifs, write(gifs, *lines))
     with pytest.raises(CorpusError, match="there is no file"):
         own_gifs.load(gifs, gifs / "absent.csv")
+    with pytest.raises(CorpusError, match=r"qa\.csv is a file: unpack it, and name the folder\.$"):
+        own_gifs.load(write(gifs, HEADER, row), gifs.parent / "qa.csv")
+    with pytest.raises(CorpusError, match=r"gifs is a folder: name the CSV in it\.$"):
+        own_gifs.load(gifs, gifs)
     with pytest.raises(CorpusError, match="there is no folder"):
         own_gifs.load(gifs / "absent", write(gifs, HEADER, row))
     (gifs.parent / "qa.csv").write_bytes(HEADER.encode() + b"\ncat.gif,frameqa,caf\xe9 ?,cat,\n")
@@ -348,6 +362,68 @@ def test_an_error_carries_what_lies_behind_it(gifs):
     )
     with pytest.raises(CorpusError, match=r"also occurs in a test(.|\n)*row 4, dog: the count 0 is outside"):
         corpora.load(profile("own_gifs"), folder=gifs, gifs=gifs, qa=path)
+
+
+def test_a_corpus_of_which_nothing_is_left_lists_its_rejects(gifs):
+    path = write(gifs, HEADER, *(f"bird{n},frameqa,a ?,b," for n in range(8)), "cat,count,a ?,0,")
+    with pytest.raises(CorpusError) as error:
+        own_gifs.load(gifs, path)
+    first, left_out, *listed = str(error.value).splitlines()
+    assert first == f"No usable question is left of {path}." and left_out == "Left out: 9"
+    missing = "there is no such GIF in the folder gifs"
+    assert listed[:-1] == [f"  qa.csv row {n + 2}, bird{n}: {missing}" for n in range(8)]
+    assert listed[-1].startswith("  qa.csv row 10, cat: the count 0 is outside 1 to 10")
+
+
+def test_a_notebook_shows_the_sentence_alone(gifs):
+    with pytest.raises(CorpusError) as error:
+        own_gifs.load(gifs, gifs / "absent.csv")
+    shell = InteractiveShell()
+    shell._showtraceback = lambda kind, value, shown: told.extend(shown)
+    told = []
+    shell.showtraceback((CorpusError, error.value, error.value.__traceback__))
+    assert told == [f"Questions: there is no file {gifs}/absent.csv."]
+
+
+def test_a_csv_that_excel_padded_and_a_row_with_a_comma_too_many(gifs):
+    """Excel pads header and rows alike; a row that alone is longer holds a comma that belongs to a text."""
+    path = write(gifs, f"{HEADER},,", "cat,frameqa,what ?,cat,,,", "dog,frameqa,what ?,dog,,,", ",,,,,,", ",,,,,,")
+    assert own_gifs.load(gifs, path, holdout=0).questions.answer.tolist() == ["cat", "dog"]
+    path = write(gifs, HEADER, "cat,frameqa,what, then ?,cat,", "dog,frameqa,what ?,dog,")
+    assert own_gifs.load(gifs, path, holdout=0).questions.answer.tolist() == ["dog"]
+
+
+NAMES = [
+    "a::b",
+    "a#b",
+    "a%20b",
+    "a?b",
+    "a*b",
+    "a[x]b",
+    "a\nb",
+    "n" * 251,
+    "$a$",
+    "a;b",
+    "a,b",
+    'a"b',
+    "a\tb",
+    "~a",
+    "-a",
+]
+
+
+@pytest.mark.parametrize("place", ["in::side", "100%20#?", "[x]*", "$HOME"])
+def test_names_with_any_character_are_names(tmp_path, place):
+    """In the folder's path and in the GIF's own name, from the CSV to the bytes."""
+    folder = tmp_path / place
+    folder.mkdir()
+    for number, name in enumerate(NAMES):
+        (folder / f"{name}.gif").write_bytes(bytes([number]))
+    with (folder / "qa.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([HEADER.split(","), *([f"{name}.gif", "frameqa", "a ?", "b", ""] for name in NAMES)])
+    corpus = own_gifs.load(folder, folder / "qa.csv", holdout=0)
+    assert corpus.rejects.empty
+    assert [read_gif(corpus.gifs[gif]) for gif in corpus.questions.gif] == [bytes([n]) for n in range(len(NAMES))]
 
 
 def test_names_of_any_bytes_and_leftovers_beside_the_data_change_nothing(gifs, tmp_path):

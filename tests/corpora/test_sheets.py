@@ -1,6 +1,7 @@
 """Tables of questions as editors and spreadsheets save them; what is right is written out by hand in each case."""
 
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -54,9 +55,20 @@ def test_bars_as_separators_leave_quoted_options_whole(tmp_path):
     assert read(tmp_path, text)[1] == [(2, ["cat.gif", "action", "what ?", "a", "a|b"])]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
-def test_encodings_that_say_what_they_are(tmp_path, encoding):
-    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\x1e"])
+def test_rare_line_ends_count_only_where_there_are_no_others(tmp_path, end):
+    assert read(tmp_path, end.join([HEADER, ROW, ROW]) + end) == (COLUMNS, [(2, CELLS), (3, CELLS)])
+    _, rows = read(tmp_path, f"{HEADER}\r\ncat.gif,count,how{end}many ?,3,\r\n{ROW}\r\n")
+    assert rows == [(2, ["cat.gif", "count", f"how{end}many ?", "3", ""]), (3, CELLS)]
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
+def test_encodings_that_can_be_told(tmp_path, encoding, mark):
+    if encoding in ("utf-32-le", "utf-32-be") and not mark:
+        return  # nobody writes it
     text = f"{mark}{HEADER}\ncaf\u00e9.gif,count,how many ?,3,\n".replace(",", "\t")
     assert read(tmp_path, text.encode(encoding))[1] == [(2, ["caf\u00e9.gif", *CELLS[1:]])]
 
@@ -87,11 +99,30 @@ def test_what_is_no_csv_is_named(tmp_path):
         (b"file;task;question;answer\n", "no column gif; the columns found are file, task"),
         (b"gif,task,questions,answer\n", "no column question; .* Is 'questions' meant as question"),
         (b"sep=;\n", "is empty"),
+        (bytes(4096), "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS.*git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "is a web page, not a CSV"),
+        (b"\x1f\x8b\x08\0", "is packed by gzip, not a CSV"),
+        (
+            f"{HEADER}\n{ROW}\ncaf\u00e9.gif,count,a ?,3,\n".encode("cp1252"),
+            "line 3 is not UTF-8 text. Save the CSV as",
+        ),
+        (f"{HEADER}\n{ROW}\n".encode("utf-16") + b"\0", "is not whole UTF-16 text"),
         (b"\xef\xbb\xbf", "is empty"),
     ]
     for content, message in cases:
         with pytest.raises(CorpusError, match=message):
             read(tmp_path, content)
+
+
+def test_a_table_that_may_not_be_read_is_a_sentence(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    (tmp_path / "qa.csv").touch()
+    with pytest.raises(CorpusError, match=r"qa\.csv cannot be read: Permission denied\.$"):
+        read_sheet(tmp_path / "qa.csv", COLUMNS, COLUMNS[:-1])
 
 
 def test_whole_numbers_as_spreadsheets_write_them():

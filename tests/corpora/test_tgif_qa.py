@@ -191,6 +191,54 @@ def test_broken_bytes_and_open_quotes_cost_their_own_row(folder):
     assert corpus.rejects["where"].tolist() == ["Train_count_question.csv row 4", "hqga_frameqa_train.csv row 4"]
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r", "\r\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", ["\t", ",", ";"])
+def test_files_that_a_spreadsheet_saved_again(tmp_path, end, encoding, separator):
+    """Any line end, the mark of its encoding, padding, whole numbers with decimals, invisible characters."""
+    decimal = "3,0" if separator == ";" else "3.0"
+    rows = [
+        ACTION.replace("\t", separator) + separator,
+        separator.join(["tumblr_a", "What ?", "run", "nod", "wave\u200b", "sit", "clap\u00a0", "0", "A1", "1", ""]),
+        separator.join(["tumblr_b", "What ?", "run", "nod", "wave", "sit", "clap", decimal, "A2", "2", ""]),
+        separator * 10,
+    ]
+    if separator == ";":
+        rows.insert(0, "sep=;")
+    (tmp_path / "Train_action_question.csv").write_bytes((end.join(rows) + end).encode(encoding))
+    corpus = tgif_qa.load(tmp_path)
+    assert corpus.rejects.empty and corpus.questions.answer.tolist() == ["run", "sit"]
+    assert corpus.questions.options[0] == ["run", "nod", "wave", "sit", "clap"]
+
+
+def test_a_file_whose_indices_count_from_one_is_left_out(folder):
+    row = "tumblr_a\tWhat {0} ?\ta\tb\tc\td\te\t{0}\tONE{0}\t11"
+    write(folder / "Test_action_question.csv", ACTION, *(row.format(answer) for answer in (1, 5, 3)))
+    corpus = tgif_qa.load(folder)
+    assert corpus.rejects["where"].tolist() == [f"Test_action_question.csv row {n}" for n in (2, 3, 4)]
+    assert corpus.rejects.reason.str.contains("count from 1").all() and corpus.asked["action"] == 3
+    write(folder / "Test_action_question.csv", ACTION, *(row.format(answer) for answer in (1, 5, 0)))
+    assert tgif_qa.load(folder).rejects.reason.tolist() == ["option index 5 is out of range: the 5 options are 0 to 4"]
+
+
+def test_what_is_no_question_file_is_named_or_passed_over(folder, tmp_path):
+    for name in (".ipynb_checkpoints/Test_action-checkpoint.csv", "__MACOSX/._Test_action.csv", "~$Test_action.xlsx"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    assert tgif_qa.load(folder).rejects.empty
+    (folder / "Test_action_question.xlsx").touch()
+    assert tgif_qa.load(folder).rejects.values.tolist() == [
+        ["Test_action_question.xlsx", "questions", "not read: a spreadsheet's own format; save it as CSV UTF-8"]
+    ]
+    (tmp_path / "sheets").mkdir()
+    (tmp_path / "sheets" / "Test_action_question.xlsx").touch()
+    with pytest.raises(CorpusError, match=r"No question file (.|\n)*xlsx: not read"):
+        tgif_qa.load(tmp_path / "sheets")
+    (folder / "Test_action_question.csv").write_bytes(b"PK\x03\x04")
+    with pytest.raises(CorpusError, match="damaged zip archive or Excel workbook"):
+        tgif_qa.load(folder)
+
+
 def test_unreadable_folders_are_clear_errors(tmp_path):
     with pytest.raises(CorpusError, match="there is no folder"):
         tgif_qa.load(tmp_path / "absent")
@@ -200,7 +248,7 @@ def test_unreadable_folders_are_clear_errors(tmp_path):
     with pytest.raises(CorpusError, match=r"Train_count_question\.csv: no column answer .*vid_id"):
         tgif_qa.load(tmp_path)
     write(tmp_path / "Train_count_question.csv", COUNT, "a\tHow many times ?\tmany\tc\td")
-    with pytest.raises(CorpusError, match=r"No usable question .*'many' \(1 times\)"):
+    with pytest.raises(CorpusError, match=r"No usable question (.|\n)*csv row 2, a: .*found 'many'"):
         tgif_qa.load(tmp_path)
 
 
@@ -235,7 +283,13 @@ def test_gifs_in_a_folder(folder, tmp_path):
 def test_gifs_in_an_archive(folder, tmp_path):
     archive = tmp_path / "tgif.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        for member in ("gifs/tumblr_a.gif", "../tumblr_b.gif", "/tumblr_c.gif", "__MACOSX/._tumblr_d.gif"):
+        for member in (
+            "gifs/tumblr_a.gif",
+            "../tumblr_b.gif",
+            "/tumblr_c.gif",
+            "__MACOSX/._tumblr_d.gif",
+            "x/.Trash-1/tumblr_e.gif",
+        ):
             file.writestr(member, b"GIF89a")
     corpus = tgif_qa.load(folder, archive)
     assert corpus.gifs == {"tumblr_a": f"{archive}::gifs/tumblr_a.gif"}
@@ -267,7 +321,7 @@ def test_gif_sources_without_gifs_are_clear_errors(folder, tmp_path):
     with pytest.raises(CorpusError, match="holds none"):
         tgif_qa.load(folder, tmp_path / "empty")
     (tmp_path / "empty" / "other.gif").touch()
-    with pytest.raises(CorpusError, match=r"No usable question .*not there"):
+    with pytest.raises(CorpusError, match=r"No usable question (.|\n)*not there"):
         tgif_qa.load(folder, tmp_path / "empty")
 
 

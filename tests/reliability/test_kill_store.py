@@ -1,6 +1,5 @@
 """Notebooks 01's and 02's work killed by -9 at random moments, then resumed: the tables of a run never killed."""
 
-import json
 import os
 import random
 import signal
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import lance
 import numpy as np
-import pandas as pd
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -120,8 +119,7 @@ def contents(folder: Path) -> dict[str, list]:
         if path.is_dir()
     }
     parquet = {
-        str(path.relative_to(folder)): json.loads(pd.read_parquet(path).to_json(orient="records"))
-        for path in sorted(folder.rglob("*.parquet"))
+        str(path.relative_to(folder)): pq.read_table(path).to_pylist() for path in sorted(folder.rglob("*.parquet"))
     }
     return tables | parquet
 

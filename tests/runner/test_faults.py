@@ -79,11 +79,11 @@ def test_a_full_disk_before_a_kernel_is_refused_with_the_runs_folder(suite, caps
     assert f"{suite.runs / 'tiny'}: No space left on device" in told(capsys, "Refused")
 
 
-def test_an_upstream_note_that_cannot_be_written_is_refused(suite, capsys):
+def test_an_upstream_note_that_cannot_be_written_is_refused(suite, capsys, monkeypatch):
     suite.notebook("one", "stage.finish({})")
     for name in ("tiny", "other"):
         (suite.runs / name).mkdir(parents=True)
-    (suite.runs / "tiny" / "upstream").symlink_to(FULL)
+    monkeypatch.setattr(runner, "write_text", full)
     assert suite.run("--upstream", "other") == 2
     assert str(suite.runs / "tiny") in told(capsys, "Refused")
 
@@ -96,16 +96,30 @@ def test_a_forced_run_that_cannot_move_the_old_result_is_refused(suite, capsys, 
     assert str(suite.runs / "tiny") in told(capsys, "Refused")
 
 
-@pytest.mark.parametrize("obstacle", ["folder", "full"])
-def test_a_notebook_that_cannot_be_saved_before_its_kernel_is_refused(suite, capsys, obstacle):
+def test_a_notebook_that_cannot_be_saved_before_its_kernel_is_refused(suite, capsys, monkeypatch):
     suite.notebook("one", "stage.finish({})")
     output = suite.runs / "tiny" / "one" / "one.ipynb"
-    output.parent.mkdir(parents=True)
-    output.mkdir() if obstacle == "folder" else output.symlink_to(FULL)
+    write = runner.nbformat.write
+    monkeypatch.setattr(runner.nbformat, "write", lambda book, path: write(book, FULL))
     assert suite.run() == 2
-    error = told(capsys, "Refused")
-    assert error.startswith(f"Refused: one cannot start: {output}: ")
+    assert told(capsys, "Refused").startswith(f"Refused: one cannot start: {output}: No space left")
     assert suite.manifest("one") is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("open('/proc/nothing/here')", "[Errno 2] No such file or directory: '/proc/nothing/here'"),
+        ("open('/dev/full', 'w', buffering=1).write('a\\n')", "[Errno 28] No space left on device"),
+        ("from helpers.corpora import CorpusError\nraise CorpusError('qa.csv is empty.')", "qa.csv is empty."),
+        ("raise TimeoutError", "TimeoutError"),
+    ],
+)
+def test_files_at_fault_in_a_notebook_are_a_sentence(suite, capsys, fault, sentence):
+    suite.notebook("one", fault)
+    assert suite.run() == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"Failed: one: {sentence}\nNotebook: ") and "Traceback" not in error, error
 
 
 @pytest.mark.parametrize("obstacle", ["here.mkdir()", "here.symlink_to('/dev/full')"])

@@ -97,6 +97,66 @@ def test_links_count_by_where_they_are_written(tmp_path):
         assert [path.relative_to(root).as_posix() for path in files_below(root)] == ["g0.gif", "more/fox.gif"]
 
 
+class Entries(list):
+    """A folder's entries in an order of the test's own, as `os.scandir` gives them."""
+
+    def __next__(self):
+        if not self:
+            raise StopIteration
+        return self.pop(0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_the_way_to_a_linked_folder_is_the_same_on_every_disk(tmp_path, monkeypatch):
+    put(tmp_path, "in/m/fox.gif")
+    for name in ("z", "b", "m/deep"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "in" / "m")
+    (tmp_path / "in" / "self.gif").symlink_to("self.gif")
+    scandir = os.scandir
+    for turned in (False, True):
+
+        def scan(path, turned=turned):
+            with scandir(path) as entries:
+                return Entries(sorted(entries, key=lambda entry: entry.name, reverse=turned))
+
+        monkeypatch.setattr(os, "scandir", scan)
+        found = [path.relative_to(tmp_path / "in").as_posix() for path in files_below(tmp_path / "in")]
+        assert found == ["b/fox.gif"]
+    with pytest.raises(NoSuchName, match=r"self\.gif cannot be read: Too many levels"):
+        Names(tmp_path / "in", ".gif").find("self")
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    folder = put(tmp_path / "in", "shut/cat.gif", "dog.gif", "lost+found/x.gif")
+    listdir, scandir = os.listdir, os.scandir
+
+    def refused(call):
+        def listed(path):
+            if Path(path).name in ("shut", "lost+found"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path)
+
+        return listed
+
+    monkeypatch.setattr(os, "listdir", refused(listdir))
+    monkeypatch.setattr(os, "scandir", refused(scandir))
+    names = Names(folder, ".gif")
+    for _ in range(2):
+        with pytest.raises(NoSuchName, match=r"^the folder shut cannot be read: Permission denied$"):
+            names.find("shut/cat.gif")
+    with pytest.raises(NoSuchName, match=r"no such GIF in the folder in$"):
+        names.find("dogg.gif")
+    assert names.find("dog") == "dog.gif"
+    with pytest.raises(PermissionError, match="shut"):
+        files_below(folder)
+    assert files_below(tmp_path / "gone") == []
+
+
 def test_what_a_system_leaves_behind_is_known():
     left = ["._x.gif", ".DS_Store", "a/b/.ds_store", "Thumbs.db", "ehthumbs.db", "sub\\desktop.ini", "Desktop.ini"]
     left += [
@@ -106,6 +166,12 @@ def test_what_a_system_leaves_behind_is_known():
         ".~lock.qa.csv#",
         "@eaDir/x.gif",
         ".Trash-1000/x.gif",
+        ".ipynb_checkpoints/x-checkpoint.gif",
+        "a/lost+found/x.gif",
+        "x.gif:Zone.Identifier",
+        "Icon\r",
+        "#recycle/x.gif",
+        "RECYCLER/x.gif",
     ]
     assert [name for name in left if not is_leftover(name)] == []
     own = ["x.gif", "_x.gif", ".x.gif", "thumbs.gif", "my Thumbs.db.gif", "MACOSX/x.gif", "desktop.ini.gif", "a._b.gif"]
