@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -57,6 +58,8 @@ OVERRIDES = {
 LEFT_OUT = ("set_up()", "step_cost(")  # cells: the imports are done, and what only measures the machine is no result
 RUN = "trial"
 SIDE_BY_SIDE = 2  # runs at once, a core each
+REACH = 0.3  # of the calm run's computing time: the most that an attempt has before it is killed, at first
+POLL = 0.05  # seconds between two looks at an attempt
 STUCK = 6  # attempts that end by an error, after which a run is given up
 SERVER = get_context("forkserver")
 
@@ -135,25 +138,45 @@ def damage(run: Path, chance: random.Random) -> str:
     return f"{file.relative_to(run)} {how}"
 
 
-class Forked:
+class Attempt:
+    """Processes that do the work. How far they are is told by their computing time, which a busy machine leaves."""
+
+    process: psutil.Process
+    used = 0.0  # seconds of computing time, as last seen
+
+    def code(self, seconds: float) -> int | None:
+        """The exit code, waited for for so many seconds at most; None before the end."""
+        raise NotImplementedError
+
+    def wait(self, until: float) -> int | None:
+        """Wait for the end, or until so many seconds of computing time are used; the exit code, or None."""
+        while (code := self.code(POLL)) is None and self.used < until:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = [self.process, *self.process.children(recursive=True)]
+                self.used = sum(sum(process.cpu_times()[:4]) for process in family)
+        return code
+
+
+class Forked(Attempt):
     """An attempt in a forked process."""
 
     def __init__(self, runs: Path, log: Path) -> None:
-        self.process = SERVER.Process(target=work, args=(str(runs), str(log)))
-        self.process.start()
+        self.forked = SERVER.Process(target=work, args=(str(runs), str(log)))
+        self.forked.start()
+        self.process = psutil.Process(self.forked.pid)
 
-    def wait(self, seconds: float | None) -> int | None:
-        """Wait for the end, `seconds` at most; the exit code, or None."""
-        self.process.join(seconds)
-        return self.process.exitcode
+    def code(self, seconds: float) -> int | None:
+        """See Attempt."""
+        self.forked.join(seconds)
+        return self.forked.exitcode
 
     def kill(self, chance: random.Random) -> None:
         """Kill it by -9."""
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join()
+        os.kill(self.forked.pid, signal.SIGKILL)
+        self.forked.join()
 
 
-class Papermill:
+class Papermill(Attempt):
     """An attempt by the runner itself: papermill, and a kernel a notebook."""
 
     def __init__(self, runs: Path, log: Path) -> None:
@@ -164,8 +187,8 @@ class Papermill:
         with log.open("a") as file:
             self.process = psutil.Popen(line, env=environment, stdout=file, stderr=file, cwd=repo_root())
 
-    def wait(self, seconds: float | None) -> int | None:
-        """Wait for the end, `seconds` at most; the exit code, or None."""
+    def code(self, seconds: float) -> int | None:
+        """See Attempt."""
         try:
             return self.process.wait(seconds)
         except psutil.TimeoutExpired:
@@ -217,19 +240,17 @@ def one_run(
     chance: random.Random,
 ) -> dict[str, Any]:
     """Kill one run on its way, damage files after some kills, let it end and compare it; what happened, in order."""
-    happened, faults, errors, attempts, kills = [], [], 0, 0, Counter()
+    happened, faults, errors, attempts, kills = [], [], 0, [], Counter()
     while True:
-        attempt = start(runs, runs / "log.txt")
-        attempts += 1
-        # a run that was killed often gets further, however slow the machine is now
-        moment = chance.uniform(0, 0.4 * seconds) * (1 + kills.total() / 8)
-        code = attempt.wait(moment if left.kills else None)
+        attempts.append(attempt := start(runs, runs / "log.txt"))
+        moment = chance.uniform(0, REACH * seconds) * (1 + kills.total() / 8)  # so that every run ends
+        code = attempt.wait(moment if left.kills else math.inf)
         if code is None and left.take("kills"):
             attempt.kill(chance)
             kills[unfinished(runs / RUN)] += 1
             happened.append(f"killed in {unfinished(runs / RUN)}")
             due = chance.random() < left.damaged / max(left.kills, 1)
-        elif code := attempt.wait(None):
+        elif code := attempt.wait(math.inf):
             happened.append(f"ended with {code}")
             errors += 1
             due = False
@@ -252,7 +273,8 @@ def one_run(
     if errors and not faults:
         faults.append(f"{runs.name}: {', '.join(happened)}")
     damaged = [what for what in happened if what.endswith(("emptied", "cut", "halved"))]
-    return {"run": runs.name, "attempts": attempts, "kills": dict(kills), "damaged": damaged, "faults": faults}
+    told = {"run": runs.name, "attempts": len(attempts), "cpu_seconds": round(sum(each.used for each in attempts))}
+    return told | {"kills": dict(kills), "damaged": damaged, "faults": faults}
 
 
 def dealt(state: dict[str, Any], kind: str) -> tuple[int, int]:
@@ -264,14 +286,14 @@ def dealt(state: dict[str, Any], kind: str) -> tuple[int, int]:
 def trial(folder: Path, kills: dict[str, int], damaged: dict[str, int], seed: int) -> dict[str, Any]:
     """Runs until `kills` and `damaged` of each kind are dealt, those of an earlier call in `folder` included."""
     kinds = {kind: start for kind, start in KINDS.items() if kills[kind]}
-    state = read_json(folder / "state.json") or {"calm_seconds": {}, "runs": [], "seconds": 0.0}
-    undone = [kind for kind in kinds if kind not in state["calm_seconds"]]
+    state = read_json(folder / "state.json") or {"calm_cpu_seconds": {}, "runs": [], "seconds": 0.0}
+    undone = [kind for kind in kinds if kind not in state["calm_cpu_seconds"]]
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         for kind, seconds in zip(undone, pool.map(lambda kind: calm(kinds[kind], folder, kind), undone), strict=True):
-            state["calm_seconds"][kind] = round(seconds, 1)
+            state["calm_cpu_seconds"][kind] = round(seconds, 1)
             write_json(folder / "state.json", state)
     expected = {kind: contents(folder / f"calm-{kind}" / RUN) for kind in kinds}
-    print(f"calm: {state['calm_seconds']} s, {len(expected['forked'])} things to compare", flush=True)
+    print(f"calm: {state['calm_cpu_seconds']} s, {len(expected['forked'])} things to compare", flush=True)
     left = {kind: Left(kills[kind] - dealt(state, kind)[0], damaged[kind] - dealt(state, kind)[1]) for kind in kinds}
     to_deal, began, earlier = sum(kind.kills for kind in left.values()), time.monotonic(), state["seconds"]
     numbers, lock = iter(range(len(state["runs"]), 10_000)), threading.Lock()
@@ -286,7 +308,7 @@ def trial(folder: Path, kills: dict[str, int], damaged: dict[str, int], seed: in
             runs.mkdir()
             chance = random.Random(f"{seed} {number}")
             told = one_run(
-                kinds[due[-1]], runs, expected[due[-1]], state["calm_seconds"][due[-1]], left[due[-1]], chance
+                kinds[due[-1]], runs, expected[due[-1]], state["calm_cpu_seconds"][due[-1]], left[due[-1]], chance
             )
             if not told["faults"]:
                 shutil.rmtree(runs)
@@ -312,15 +334,15 @@ def trial(folder: Path, kills: dict[str, int], damaged: dict[str, int], seed: in
 
 
 def calm(start: Callable[[Path, Path], Any], folder: Path, kind: str) -> float:
-    """Let the work end undisturbed; its seconds. RuntimeError with the end of its words if it fails."""
+    """Let the work end undisturbed; its computing time in seconds. RuntimeError with the end of its words if it fails."""
     runs = folder / f"calm-{kind}"
     if runs.exists():
         shutil.rmtree(runs)
     runs.mkdir()
-    began = time.monotonic()
-    if code := start(runs, runs / "log.txt").wait(None):
+    attempt = start(runs, runs / "log.txt")
+    if code := attempt.wait(math.inf):
         raise RuntimeError(f"the calm run ended with {code}:\n{(runs / 'log.txt').read_text()[-4000:]}")
-    return time.monotonic() - began
+    return attempt.used
 
 
 def main(arguments: list[str]) -> int:

@@ -156,8 +156,8 @@ def read_state(run_folder: Path) -> dict[str, Any] | None:
         return None
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(state, dict):
-            raise ValueError("it is no JSON object")
+        if not isinstance(state, dict) or not isinstance(state.get("stages", {}), dict):
+            raise ValueError("it tells of no stages")
     except ValueError as error:  # bytes that are no UTF-8 too
         raise ConfigError(
             f"{file} is damaged ({error}): what run {run_folder.name!r} has on Kaggle is no longer known here. "
