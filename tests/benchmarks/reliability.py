@@ -57,7 +57,6 @@ OVERRIDES = {
 }
 LEFT_OUT = ("set_up()", "step_cost(")  # cells: the imports are done, and what only measures the machine is no result
 RUN = "trial"
-SIDE_BY_SIDE = 2  # runs at once, a core each
 REACH = 0.3  # of the calm run's computing time: the most that an attempt has before it is killed, at first
 POLL = 0.05  # seconds between two looks at an attempt
 STUCK = 6  # attempts that end by an error, after which a run is given up
@@ -288,7 +287,7 @@ def trial(folder: Path, kills: dict[str, int], damaged: dict[str, int], seed: in
     kinds = {kind: start for kind, start in KINDS.items() if kills[kind]}
     state = read_json(folder / "state.json") or {"calm_cpu_seconds": {}, "runs": [], "seconds": 0.0}
     undone = [kind for kind in kinds if kind not in state["calm_cpu_seconds"]]
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    with ThreadPoolExecutor(len(KINDS)) as pool:
         for kind, seconds in zip(undone, pool.map(lambda kind: calm(kinds[kind], folder, kind), undone), strict=True):
             state["calm_cpu_seconds"][kind] = round(seconds, 1)
             write_json(folder / "state.json", state)
@@ -296,20 +295,21 @@ def trial(folder: Path, kills: dict[str, int], damaged: dict[str, int], seed: in
     print(f"calm: {state['calm_cpu_seconds']} s, {len(expected['forked'])} things to compare", flush=True)
     left = {kind: Left(kills[kind] - dealt(state, kind)[0], damaged[kind] - dealt(state, kind)[1]) for kind in kinds}
     to_deal, began, earlier = sum(kind.kills for kind in left.values()), time.monotonic(), state["seconds"]
-    numbers, lock = iter(range(len(state["runs"]), 10_000)), threading.Lock()
+    told = {run["run"] for run in state["runs"]}
+    for runs in folder.glob("*-[0-9][0-9][0-9]"):
+        if runs.name not in told:  # of a call that was stopped
+            shutil.rmtree(runs)
+    first = max((int(name[-3:]) + 1 for name in told), default=0)
+    numbers, lock = iter(range(first, 1000)), threading.Lock()
 
-    def go_on() -> None:
-        while due := [kind for kind in kinds if left[kind].any()]:
+    def go_on(prefers: str) -> None:
+        while due := [kind for kind in sorted(kinds, key=lambda kind: kind != prefers) if left[kind].any()]:
             with lock:
                 number = next(numbers)
-            runs = folder / f"{due[-1]}-{number:03d}"
-            if runs.exists():
-                shutil.rmtree(runs)
+            kind, chance = due[0], random.Random(f"{seed} {number}")
+            runs = folder / f"{kind}-{number:03d}"
             runs.mkdir()
-            chance = random.Random(f"{seed} {number}")
-            told = one_run(
-                kinds[due[-1]], runs, expected[due[-1]], state["calm_cpu_seconds"][due[-1]], left[due[-1]], chance
-            )
+            told = one_run(kinds[kind], runs, expected[kind], state["calm_cpu_seconds"][kind], left[kind], chance)
             if not told["faults"]:
                 shutil.rmtree(runs)
             with lock:
@@ -327,14 +327,14 @@ def trial(folder: Path, kills: dict[str, int], damaged: dict[str, int], seed: in
                     flush=True,
                 )
 
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        for job in [pool.submit(go_on) for _ in range(SIDE_BY_SIDE)]:
+    with ThreadPoolExecutor(len(KINDS)) as pool:
+        for job in [pool.submit(go_on, prefers) for prefers in KINDS]:
             job.result()
     return state
 
 
 def calm(start: Callable[[Path, Path], Any], folder: Path, kind: str) -> float:
-    """Let the work end undisturbed; its computing time in seconds. RuntimeError with the end of its words if it fails."""
+    """Let the work end undisturbed; its computing time (s). RuntimeError with the end of its words if it fails."""
     runs = folder / f"calm-{kind}"
     if runs.exists():
         shutil.rmtree(runs)
