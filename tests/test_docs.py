@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import textwrap
+import tomllib
 from argparse import ArgumentParser
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.config import SECTIONS, ConfigError, profile_keys
+from helpers.config import REMOVED, SECTIONS, ConfigError, profile_keys
 from helpers.corpora import own_gifs
 from helpers.runner.commands import update_readme
 from helpers.runner.kaggle.commands import main as kaggle_main
@@ -89,6 +90,9 @@ def check_suite(words: list[str]) -> None:
             assert (ROOT / "tests" / "constraints" / f"{name}.txt").is_file()
         case ["test", *rest]:
             assert all(word == "--slow" or (ROOT / word).exists() for word in rest)
+        case ["bench", "reliability", *rest]:
+            source = (ROOT / "tests" / "benchmarks" / "reliability.py").read_text(encoding="utf-8")
+            assert all(f'"{word}"' in source for word in rest if word.startswith("-"))
         case ["bench", *rest]:
             assert set(rest) <= set(benchmarks())
         case ["readme"]:
@@ -116,8 +120,10 @@ def check(command: str) -> None:
             assert found, f"there is no module {module}"
             source = Path(found.origin).read_text(encoding="utf-8")
             assert all(f'"{word}"' in source for word in rest if word.startswith("-"))
-        case [".venv/bin/pip" | ".venv/bin/pre-commit", "install", *names]:  # the one tool that is installed by hand
-            assert set(names) <= {"pre-commit"} and (ROOT / ".pre-commit-config.yaml").is_file()
+        case [".venv/bin/pip" | ".venv/bin/pre-commit", "install", *names]:  # what is installed by hand
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            known = {re.split(r"\W", need)[0] for needs in extras.values() for need in needs} | {"pre-commit"}
+            assert set(names) <= known and (ROOT / ".pre-commit-config.yaml").is_file()
         case ["cp", "-r", *sources, target]:  # each is made by the stage that it is copied from, and lies in the target
             for source in map(Path, sources):
                 for name in source.name.strip("{}").split(","):
@@ -177,7 +183,8 @@ def test_links_keys_and_lines_of_a_page_are_right(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists() and (not anchor or anchor in anchors(target.read_text(encoding="utf-8"))), link
     named = re.findall(rf"`(?:-p )?((?:{'|'.join(SECTIONS)})\.(?!py\b|md\b|yaml\b)[a-z]\w*)", text)
-    assert set(named) <= set(profile_keys())
+    removed = {f"{section}.{key}" for section, keys in REMOVED.items() for key in keys}
+    assert set(named) <= {*profile_keys()} | removed
     assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
 
 

@@ -155,3 +155,24 @@ def _pip(*arguments: str) -> None:
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
         raise Failed(f"pip {arguments[0]}: {done.stderr.strip()[-2000:]}")
+
+
+def lacking(wanted: dict[str, Any], found: Any) -> list[str]:
+    """Name every source and setting that a pushed notebook should have and, as Kaggle tells, has not."""
+    lacks = []
+    kinds = {
+        "dataset": found.dataset_data_sources,
+        "kernel": found.kernel_data_sources,
+        "model": found.model_data_sources,
+    }
+    for kind, names in kinds.items():
+        there = {name.lower() for name in names or []}
+        lacks += [
+            f"the {kind} {name}"
+            for name in wanted[f"{kind}_sources"]
+            if not any(other == name.lower() or other.startswith(f"{name.lower()}/") for other in there)
+        ]
+    shape = (found.machine_shape or "").lower()
+    if wanted["enable_gpu"] and shape and shape != wanted["machine_shape"].lower():
+        lacks.append(f"the GPU {wanted['machine_shape']}")
+    return lacks

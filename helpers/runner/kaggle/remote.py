@@ -16,20 +16,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from helpers.config import ConfigError
 from helpers.runner import quota
 from helpers.runner.kaggle import site as kaggle_site
+from helpers.runner.kaggle.files import fetch, names_below
 from helpers.runner.kaggle.push import (
     HELPERS,
     build_helpers,
     dataset_metadata,
     kernel_id,
     kernel_metadata,
+    lacking,
     next_name,
     slug,
     work_seconds,
@@ -49,7 +49,6 @@ from helpers.workspace.place import runs_root
 CARD = "Tesla T4"  # what the driver calls one of them
 MEASURED_FROM, MEASURING_SECONDS = 3600.0, 3600.0  # stages longer than this, and the session that measures their pace
 PULLED_GIGABYTES = 5.0  # stages expected to be larger stay on Kaggle unless they are asked for, or their run died
-FEW_FILES = 20  # these are fetched without a progress bar
 FULL = re.compile(r"Maximum batch \w+ session count of \d+ reached")
 NO_HOURS = re.compile(r"\b(GPU|accelerator) quota\b", re.IGNORECASE)  # Maximum weekly GPU quota of 30.00 hours reached
 ITSELF = re.compile(r"\b(itself|circular|cyclic|self[- ]referenc)", re.IGNORECASE)  # why it may not attach its output
@@ -409,7 +408,7 @@ class Remote:
         entry = self.state["stages"][spec.name]
         accepted = not refusal or refusal.startswith(NOT_VALID)  # then the rest of it runs
         arrived = self._arrived(entry["kernel"], entry["before"], patient=accepted)
-        lacks = _lacking(self._metadata(spec), arrived) if arrived else []
+        lacks = lacking(self._metadata(spec), arrived) if arrived else []
         if entry["source"] == "own" and self._own_alone(spec, refusal, lacks):
             self.state["attaches_itself"] = False
             ends = f"; version {arrived.current_version_number} ends by itself" if arrived else ""
@@ -536,9 +535,8 @@ class Remote:
 
     def _names(self, spec: StageSpec, version: int) -> dict[str, str]:
         """Return the files of the stage's folder among the outputs of one run: relative name and address."""
-        prefix = f"runs/{self.plan.run}/{spec.name}/"
-        files = self.site.outputs(Pushed(self.state["stages"][spec.name]["kernel"], version))
-        return {name[len(prefix) :]: url for name, url in files.items() if name.startswith(prefix)}
+        entry = self.state["stages"][spec.name]
+        return names_below(self.site, Pushed(entry["kernel"], version), f"runs/{self.plan.run}/{spec.name}/")
 
     def _fetched(self, spec: StageSpec, version: int) -> Path:
         """Return the folder for files of one run of the stage on their way."""
@@ -550,14 +548,7 @@ class Remote:
         for other in {*folder.parent.glob(f"{spec.name}-*")} - {folder}:
             shutil.rmtree(other)
         folder.mkdir(parents=True, exist_ok=True)
-        files = self._names(spec, version)
-        for name in files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name:
-                raise Failed(f"{spec.name} left a file that would leave its folder: {name!r}")
-        wanted = [name for name in files if PurePosixPath(name).name != ".lock" and not (folder / name).is_file()]
-        for name in tqdm(wanted, desc=f"fetching {spec.name}", unit="file", disable=len(wanted) < FEW_FILES):
-            self.site.download(files[name], folder / name)
+        fetch(self.site, self._names(spec, version), folder, spec.name)
         return folder
 
     def _manifest(self, spec: StageSpec) -> dict[str, Any]:
@@ -620,27 +611,6 @@ def _is_new(entry: Mapping[str, Any]) -> bool:
 def _stray(arrived: Any) -> dict[str, Any]:
     """Return what is noted of a run that was started without some of its sources; nothing if none was started."""
     return {"version": arrived.current_version_number, "stray": True} if arrived else {}
-
-
-def _lacking(wanted: dict[str, Any], found: Any) -> list[str]:
-    """Name every source and setting that a pushed notebook should have and, as Kaggle tells, has not."""
-    lacks = []
-    kinds = {
-        "dataset": found.dataset_data_sources,
-        "kernel": found.kernel_data_sources,
-        "model": found.model_data_sources,
-    }
-    for kind, names in kinds.items():
-        there = {name.lower() for name in names or []}
-        lacks += [
-            f"the {kind} {name}"
-            for name in wanted[f"{kind}_sources"]
-            if not any(other == name.lower() or other.startswith(f"{name.lower()}/") for other in there)
-        ]
-    shape = (found.machine_shape or "").lower()
-    if wanted["enable_gpu"] and shape and shape != wanted["machine_shape"].lower():
-        lacks.append(f"the GPU {wanted['machine_shape']}")
-    return lacks
 
 
 @contextlib.contextmanager
