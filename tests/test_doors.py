@@ -46,6 +46,9 @@ STANDARD_LIBRARY_ALONE = ("workspace", "install")
 
 MOVES = {"os.replace", "os.rename", "os.renames", "shutil.move", "path.replace", "path.rename"}
 WRITES = {"helpers/workspace/disk.py"}
+UNFINISHED = {"temporary", "staging"}  # how a path is called that has not got its name yet
+# One asks for a path to write to, the other writes into a folder that goes again, by the standard library alone.
+WRITES_PLAINLY = WRITES | {"helpers/corpora/shapes.py", "helpers/install.py"}
 SEARCHES = WRITES | {"helpers/workspace/inputs.py", "helpers/workspace/names.py"}
 
 
@@ -217,11 +220,38 @@ def full_faces(root: Path) -> Iterator[str]:
                 yield f"{path.relative_to(root).as_posix()}:{node.lineno}: a face only hands names on"
 
 
+def _root(node: ast.expr) -> str:
+    """The name that a path is made from: `folder` of `(folder / "a").with_suffix(".b")`."""
+    while not isinstance(node, ast.Name):
+        inner = {ast.Attribute: "value", ast.BinOp: "left", ast.Call: "func", ast.Subscript: "value"}.get(type(node))
+        if inner is None:
+            return ""
+        node = getattr(node, inner)
+    return node.id
+
+
+def _plain_write(call: ast.Call) -> ast.expr | None:
+    """The path that a call writes to, from the beginning of the file on; None if it does no such thing."""
+    words = {keyword.arg: keyword.value for keyword in call.keywords}
+    if isinstance(call.func, ast.Attribute) and call.func.attr in ("write_text", "write_bytes"):
+        return call.func.value
+    if isinstance(call.func, ast.Attribute) and call.func.attr in ("to_parquet", "to_csv"):
+        return call.args[0] if call.args else words.get("path", words.get("path_or_buf"))
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "open":
+        path, mode = call.func.value, [*call.args[:1], *filter(None, [words.get("mode")])]
+    elif isinstance(call.func, ast.Name) and call.func.id == "open" and call.args:
+        path, mode = call.args[0], [*call.args[1:2], *filter(None, [words.get("mode")])]
+    else:
+        return None
+    return path if any(isinstance(m, ast.Constant) and re.match("[wx]", str(m.value)) for m in mode) else None
+
+
 def own_writes(root: Path) -> Iterator[str]:
     """Rule 7: what gets a name on disk gets it in workspace/disk, whole and forced to disk; what is searched for below
     a folder of inputs is found by workspace/inputs or workspace/names.
 
-    A `.replace` of one argument is a path's (a text's has two), as is a `.rename` of one that is no keyword.
+    A `.replace` of one argument is a path's (a text's has two), as is a `.rename` of one that is no keyword. A file is
+    written plainly only where it has no name yet.
     """
     for path in files_of(root).values():
         here = path.relative_to(root).as_posix()
@@ -233,6 +263,9 @@ def own_writes(root: Path) -> Iterator[str]:
                 owner = ast.unparse(node.func.value)
                 alone = owner not in ("os", "shutil") and len(node.args) == 1 and not node.keywords
                 names = [f"{'path' if alone else owner}.{node.func.attr}"]
+            path = _plain_write(node) if isinstance(node, ast.Call) else None
+            if path is not None and _root(path) not in UNFINISHED and here not in WRITES_PLAINLY:
+                yield f"{here}:{node.lineno}: rule 7, {ast.unparse(node.func)}: write it whole, by workspace/disk"
             for name in names:
                 if name in MOVES and here not in WRITES:
                     yield f"{here}:{node.lineno}: rule 7, {name}: only workspace/disk puts files in their place"
@@ -281,6 +314,11 @@ def test_no_import_breaks_a_rule():
         ("rule 7", {"store/a.py": "def f(path, other):\n    path.replace(other)"}),
         ("rule 7", {"store/a.py": "def f(path):\n    return list(path.rglob('*'))"}),
         ("rule 7", {"store/a.py": "import os\n\n\ndef f(path):\n    return list(os.walk(path))"}),
+        ("rule 7", {"store/a.py": "def f(path):\n    (path / 'a').write_text('b')"}),
+        ("rule 7", {"store/a.py": "def f(table, path):\n    table.to_parquet(path / 'a')"}),
+        ("rule 7", {"store/a.py": "def f(table, path):\n    table.to_csv(path_or_buf=path)"}),
+        ("rule 7", {"store/a.py": "def f(path):\n    with path.open('wb') as file:\n        file.write(b'')"}),
+        ("rule 7", {"store/a.py": "def f(path):\n    return open(path, mode='w')"}),
         ("a face", {"store/__init__.py": "def f(): pass"}),
     ],
 )  # fmt: skip

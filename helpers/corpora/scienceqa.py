@@ -162,17 +162,16 @@ def fetch(folder: str | Path, splits: Sequence[str] = SPLITS) -> Path:
     return folder
 
 
-def _download(url: str, path: Path) -> Path:
-    path.unlink(missing_ok=True)
-    with urllib.request.urlopen(url, timeout=60) as answer, path.open("wb") as file:
+def _download(url: str, temporary: Path) -> Path:
+    with urllib.request.urlopen(url, timeout=60) as answer, temporary.open("wb") as file:
         length = int(answer.headers.get("Content-Length") or 0)
         with tqdm(total=length or None, desc=url.rsplit("/", 1)[-1], unit="B", unit_scale=True) as bar:
             while chunk := answer.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if length and path.stat().st_size != length:
-        raise OSError(f"{url} was cut short: {path.stat().st_size:,} of {length:,} bytes")
-    return path
+    if length and temporary.stat().st_size != length:
+        raise OSError(f"{url} was cut short: {temporary.stat().st_size:,} of {length:,} bytes")
+    return temporary
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -279,7 +279,8 @@ class Session:
         target = folder / self._name
         target.mkdir(parents=True, exist_ok=True)
         for asked in kept:
-            (target / asked.gif.name).write_bytes(asked.gif.data)
+            with whole(target / asked.gif.name) as temporary:
+                temporary.write_bytes(asked.gif.data)
         own_gifs.write_own_gifs_csv(pd.DataFrame(rows), target / "qa.csv")
         return target / "qa.csv"
 

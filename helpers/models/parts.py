@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 IGNORED = -100  # label of a token without loss, the convention of torch's cross entropy
 SHOWN_FAULTS = 8
+AGAIN = "copy the bundle again, or train it anew"
 
 
 class BundleError(ValueError):
@@ -63,11 +66,30 @@ def load_strictly(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
     """Read a safetensors file of exactly the expected names and shapes and of finite numbers, or raise BundleError."""
     if not path.is_file():
         raise BundleError(f"{path} is missing; a bundle holds it, copy the whole folder")
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     if faults := tensor_faults(tensors, expected):
         raise BundleError(f"{path} does not fit this model: {faults}")
-    require_finite(tensors, path, "copy the bundle again, or train it anew")
+    require_finite(tensors, path, AGAIN)
     return tensors
+
+
+def read_tensors(path: Path, error: type[Exception] = BundleError) -> dict[str, Tensor]:
+    """Read a safetensors file of a bundle; raises `error`, in a sentence, if it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as fault:
+        raise error(f"{path} is damaged ({fault}): {AGAIN}") from fault
+
+
+def read_facts(path: Path, error: type[Exception] = BundleError) -> dict[str, Any]:
+    """Read a JSON file of a bundle; raises `error`, in a sentence, if it is no object or damaged."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as fault:  # bytes that are no UTF-8 too
+        raise error(f"{path} is damaged ({fault}): {AGAIN}") from fault
+    return facts
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

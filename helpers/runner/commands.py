@@ -16,6 +16,7 @@ from helpers.runner.plan import make_plan, run_parser
 from helpers.runner.run import forecast_stage, say_budget
 from helpers.scoring import scienceqa
 from helpers.stage.suite import Suite, load_suite, suite_file
+from helpers.workspace.disk import write_text
 from helpers.workspace.machine import gpus
 from helpers.workspace.place import repo_root
 
@@ -96,7 +97,7 @@ def update_readme(readme: Path, suite: Suite) -> bool:
     head, tail = text.split(start)[0], text.split(end)[1]
     new = f"{head}{start}\n{notebook_table(suite)}\n{end}{tail}"
     if new != text:
-        readme.write_text(new, encoding="utf-8")
+        write_text(readme, new)
     return new != text
 
 

@@ -1,6 +1,5 @@
 """Runs a plan: its notebooks as stages, in order, within the deadline and the week's GPU-hours."""
 
-import json
 import logging
 import math
 import os
@@ -35,7 +34,7 @@ from helpers.stage.manifest import (
 )
 from helpers.stage.pace import DeadlineReached
 from helpers.stage.suite import StageError, StageSpec
-from helpers.workspace.disk import DiskFull, folder_bytes, put_in_place, require_disk, whole, write_text
+from helpers.workspace.disk import DiskFull, folder_bytes, put_in_place, require_disk, whole, write_json, write_text
 from helpers.workspace.machine import gpus
 from helpers.workspace.place import runs_root, session_end, session_seconds, share_secrets
 
@@ -76,6 +75,18 @@ class Progress:
         self.out.flush()
 
 
+class SavedWhole:
+    """How papermill saves an executed notebook, after each of its cells: whole or not at all."""
+
+    def write(self, text: str, path: str) -> None:
+        """Write the notebook to `path`."""
+        write_text(Path(path), text)
+
+    def pretty_path(self, path: str) -> str:
+        """What messages call it."""
+        return path
+
+
 @contextmanager
 def _environment() -> Iterator[None]:
     """Set what the kernels inherit: quiet libraries, secrets, and a python3 kernel of this very interpreter.
@@ -86,10 +97,9 @@ def _environment() -> Iterator[None]:
 
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "kernels" / "python3" / "kernel.json"
-        spec.parent.mkdir(parents=True)
         # above errors, since a kernel reports as one the interrupt with which it is shut down; errors of cells come by
         # another way, and a kernel that dies is noticed
-        spec.write_text(json.dumps(get_kernel_dict(extra_arguments=["--log-level=50"])))
+        write_json(spec, get_kernel_dict(extra_arguments=["--log-level=50"]))
         before = dict(os.environ)
         os.environ |= {
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -130,10 +140,12 @@ def execute(plan: RunPlan, spec: StageSpec) -> None:
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
+    from papermill.iorw import papermill_io
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     folder = plan.folder / spec.name
     output, progress = folder / f"{spec.name}.ipynb", Progress(sys.stdout)
+    papermill_io.register(str(output), SavedWhole())
     values = {"profile": plan.profile_name, "run": plan.run, "overrides": plan.overrides}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,14 +12,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from helpers.workspace.disk import LEFTOVERS, file_sha256, write_json
+from helpers.workspace.disk import LEFTOVERS, copy, file_sha256, write_json
 from helpers.workspace.inputs import attached_paths
 from helpers.workspace.names import files_below
 
 MOUNT_DEPTH = 3  # folders at most between the inputs' folder and what one source carries: notebooks/owner/slug
 HANDOVER = "handover.json"  # marks a data set that carries the unfinished work of a run which died
 TAKES_OVER = "SUITE_TAKES_OVER"  # set where a session was pushed to go on with earlier work, and not to begin anew
-NOT_WORK = ("started.json", ".lock")  # what every stage's folder holds from its first second on
+BEGUN = "started.json"
+NOT_WORK = (BEGUN, ".lock")  # what every stage's folder holds from its first second on
 
 
 class AttachedError(RuntimeError):
@@ -53,9 +54,9 @@ def take_over(run: str, name: str, folder: Path) -> bool:
     made of the files of a session that died. Raises AttachedError if there are several, if an archive is damaged, or if
     there is none and this session was started to go on with it.
     """
-    if (folder / "started.json").is_file():
+    if (folder / BEGUN).is_file():
         return False
-    own = _find(f"runs/{run}/{name}/started.json")
+    own = _find(f"runs/{run}/{name}/{BEGUN}")
     handed = [path for path in _find(HANDOVER) if _read_handover(path)["stage"] == [run, name]]
     source = _only(own + handed, f"earlier work of {name} of run {run!r}")
     if source is None:
@@ -63,20 +64,24 @@ def take_over(run: str, name: str, folder: Path) -> bool:
             raise AttachedError(f"The earlier work of {name} of run {run!r} is not attached; it is not begun anew")
         return False
     if source in own:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", LEFTOVERS))
+        # what tells that it was taken over comes last: a copy that was cut is begun again
+        late = shutil.ignore_patterns(".lock", LEFTOVERS, BEGUN)
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=late)
+        copy(source / BEGUN, folder / BEGUN)
         return True
     note = _read_handover(source)
     archive = source / Path(note["archive"]).name
     if not archive.is_file() or file_sha256(archive) != note["sha256"]:
         raise AttachedError(f"{archive} is missing or damaged: attach the newest version of that data set")
     with tarfile.open(archive) as content:
-        content.extractall(folder, filter="data")  # refuses members that would leave the folder
+        members = sorted(content, key=lambda member: member.name == BEGUN)
+        content.extractall(folder, members, filter="data")  # refuses members that would leave the folder
     return True
 
 
 def holds_work(folder: Path) -> bool:
     """Whether a stage's folder holds anything that a later session could go on with."""
-    return (folder / "started.json").is_file() and any(path.name not in NOT_WORK for path in files_below(folder))
+    return (folder / BEGUN).is_file() and any(path.name not in NOT_WORK for path in files_below(folder))
 
 
 def _passing(path: Path) -> bool:

@@ -71,7 +71,7 @@ def cache_features(
     schema = feature_schema(encoder.embed_dim, table.key)
     plan = GroupPlan(table.view_lengths(), encoder.frames_per_group, batch_groups)
     work = out.with_name(f"{out.name}.unfinished")
-    stored = _stored_features(out, work, encoder.key, schema)
+    stored = _stored_features(out, work, len(table), encoder.key, schema)
     missing = [i for i, sha in enumerate(table.ids) if stored.get(sha) != plan.views[i]]
     if missing or not out.exists():
         frames = sum(sum(views.values()) for views in plan.views)
@@ -117,13 +117,15 @@ def _copies(encoder: "torch.nn.Module", gpus: int) -> list["torch.nn.Module"]:
     return [encoder, *(copy.deepcopy(encoder).to(f"cuda:{number}") for number in range(1, gpus))]
 
 
-def _stored_features(out: Path, work: Path, encoder_key: str, schema: pa.Schema) -> dict[str, dict[int, int]]:
+def _stored_features(
+    out: Path, work: Path, gifs: int, encoder_key: str, schema: pa.Schema
+) -> dict[str, dict[int, int]]:
     """{gif_sha256: {groups: frames}} of what is there already; refuses rows that may not be mixed with new ones."""
     if out.exists():  # then `work` can only be what a run killed after its last rename left behind
         shutil.rmtree(work, ignore_errors=True)
-    dataset = recover_table(out, "features of all GIFs")
+    dataset = recover_table(out, gifs, "GIFs")
     if dataset is None:
-        dataset = recover_table(work, "features of the GIFs encoded last")
+        dataset = recover_table(work, gifs, "GIFs")
     if dataset is None:
         return {}
     rows = dataset.to_table(columns=["gif_sha256", "encoder_key", "groups", "lengths"]).to_pylist()

@@ -117,9 +117,9 @@ def shard_gifs(
     settings = _frame_settings(data, frames_per_group, min_frames=2 if remote else 1)
     _claim(folder / "frames", settings | {"shard_size": data.shard_size, "gifs": digest_of(names)})
     shards = [names[start : start + data.shard_size] for start in range(0, len(names), data.shard_size)]
-    todo = [k for k in range(len(shards)) if not _is_whole(folder, k)]
+    todo = [k for k, shard in enumerate(shards) if not _is_whole(folder, k, len(shard))]
     _require_frame_space(folder, [len(shards[k]) for k in todo], data, frames_per_group)
-    begun = len(names) - sum(len(shards[k]) for k in todo) + sum(_journal_size(folder, k) for k in todo)
+    begun = len(names) - sum(len(shards[k]) for k in todo) + sum(_journal_size(folder, k, len(shards[k])) for k in todo)
     with (
         tqdm(total=len(names), initial=begun, desc="decoding GIFs", unit="GIF", mininterval=1) as progress,
         Decoders(data.workers, settings) as decoders,
@@ -226,13 +226,13 @@ def _require_measured_space(folder: Path, shards: list[list[str]], done: int) ->
         require_disk(folder, round(per_gif * (sum(rest) + max(rest)), 3), f"Sharding the last {sum(rest):,} GIFs")
 
 
-def _is_whole(folder: Path, k: int) -> bool:
-    """Whether shard k and its sources are there and can be read; what cannot is dropped, and made again."""
+def _is_whole(folder: Path, k: int, names: int) -> bool:
+    """Whether shard k, of so many names, and its sources can be read; what cannot is dropped, and made again."""
     shard, sources = _shard_path(folder, k), _sources_path(folder, k)
     if not shard.exists():
         return False
     key = frames_key(folder / "frames")
-    table = recover_table(shard, f"frames of shard {k}")
+    table = recover_table(shard, names, f"GIFs of shard {k}")
     other = table is not None and (table.schema.metadata or {}).get(b"frames_key", key.encode()) != key.encode()
     if table is None or other or read_parquet(sources) is None:
         remove(shard)
@@ -257,8 +257,8 @@ def _read_sources(folder: Path, k: int) -> pd.DataFrame:
     return table.where(table.notna(), None)  # earlier shards lack the digests of what is shown
 
 
-def _journal_size(folder: Path, k: int) -> int:
-    journal = recover_table(_journal_path(folder, k), f"GIFs decoded for shard {k}")
+def _journal_size(folder: Path, k: int, names: int) -> int:
+    journal = recover_table(_journal_path(folder, k), names, f"GIFs of shard {k}")
     return 0 if journal is None else journal.count_rows()
 
 

@@ -88,11 +88,12 @@ def open_table(path: Path) -> lance.LanceDataset | None:
     return lance.dataset(str(path)) if any((path / "_versions").glob("*.manifest")) else None
 
 
-def recover_table(path: Path, what: str) -> lance.LanceDataset | None:
+def recover_table(path: Path, rows: int, what: str) -> lance.LanceDataset | None:
     """The newest version of the table at `path` of which every row can be read; None without any.
 
     A stop of the machine may leave empty or cut files behind a commit. Versions that need one are dropped with a
-    warning that names `what` is lost with them, so that the work goes on from the version before.
+    warning, so that the work goes on from the version before. rows, what: how many rows the table is to have in the
+    end, and what they are ("GIFs of shard 0"), for that warning.
     """
     if not path.exists():
         return None
@@ -114,8 +115,9 @@ def recover_table(path: Path, what: str) -> lance.LanceDataset | None:
         else:
             break
     if dropped:
-        kept = "the version before it is gone on with" if versions else "nothing of it can be read, it is made again"
-        warnings.warn(f"{path} is damaged ({dropped}), {what}: {kept}", stacklevel=2)
+        kept = dataset.count_rows() if versions else 0
+        told = f"{kept:,} of {rows:,} {what} are whole and kept, {rows - kept:,} are done again"
+        warnings.warn(f"{path} is damaged ({dropped}): {told}", stacklevel=2)
     if not versions:
         remove(path)
         return None

@@ -6,7 +6,6 @@ random numbers of dropout differ. Without a GPU the processes share the CPU (glo
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ import torch
 
 from helpers.config import Profile
 from helpers.training.collective import TrainingError, stop_signals
+from helpers.workspace.disk import whole, write_json
 from helpers.workspace.place import repo_root
 
 TAIL = 30  # lines of the processes' output that an error shows
@@ -54,11 +54,6 @@ def train_in_processes(
         raise TrainingError(f"training.gpus is {count}, but this machine has {found}: set it to {found}")
     ends, folder = time.time() + deadline, Path(folder)
     work = folder / "processes"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    questions.to_parquet(work / "questions.parquet")
-    if eval_questions is not None and len(eval_questions):
-        eval_questions.to_parquet(work / "watched.parquet")
     order = {
         "profile": profile.model_dump(mode="json"),
         "features": str(Path(features).resolve()),
@@ -67,7 +62,12 @@ def train_in_processes(
         "ends": ends if math.isfinite(ends) else None,
         "parent": os.getpid(),
     }
-    (work / "order.json").write_text(json.dumps(order), encoding="utf-8")
+    with whole(work) as staging:
+        staging.mkdir()
+        questions.to_parquet(staging / "questions.parquet")
+        if eval_questions is not None and len(eval_questions):
+            eval_questions.to_parquet(staging / "watched.parquet")
+        write_json(staging / "order.json", order)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     line += ["-m", module, str(work)]
     path = os.pathsep.join([str(repo_root()), os.environ.get("PYTHONPATH", "")])

@@ -807,6 +807,15 @@ def test_loading_is_strict(tmp_path):
         AdemVL.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("left", [0.0, 0.5])
+@pytest.mark.parametrize("file", ["adapter.safetensors", "adem_vl.json"])
+def test_damaged_files_are_named_with_what_to_do(tmp_path, file, left):
+    path = make_model().float().save_pretrained(tmp_path / "adem") / file
+    os.truncate(path, int(left * path.stat().st_size))
+    with pytest.raises(AdemVLError, match=rf"{path} is damaged .*: copy the bundle again, or train it anew"):
+        AdemVL.from_pretrained(path.parent, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_trained_parts_that_are_not_finite_are_refused_by_name(tmp_path, number):
     """In the folder of save_pretrained, in the authors' file (under their name), and when a model is saved."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from io import BytesIO
@@ -592,6 +593,17 @@ def test_weights_that_overflow_in_the_precision_of_the_gpu_are_refused(
     monkeypatch.setattr("helpers.models.language.compute_dtype", lambda device: torch.float16)
     with pytest.raises(BundleError, match=r"float16.*model\.norm\.weight"):
         load_language_model(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("left", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "connector.safetensors", "adapter_config.json", "bundle.json"]
+)
+def test_damaged_files_are_named_with_what_to_do(llama, tmp_path, tiny_llama_dir, file, left):
+    path = llama.save_bundle(tmp_path / "bundle") / file
+    os.truncate(path, int(left * path.stat().st_size))
+    with pytest.raises(BundleError, match=rf"{path} is damaged .*: copy the bundle again, or train it anew"):
+        load_bundle(path.parent, language_model=str(tiny_llama_dir))
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "connector.safetensors", "bundle.json"])

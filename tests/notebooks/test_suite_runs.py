@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -79,6 +80,22 @@ def test_a_second_run_does_nothing_again(runs):
     code, output = command(runs, "--run", "small", "-p", "shapes.train", "40", "-p", "shapes.test", "20", *SMALL)
     assert code == 0, output[-3000:]
     assert before == {stage: (runs / "small" / stage / "stage.json").stat().st_mtime_ns for stage in DONE_ONCE}
+
+
+def test_a_damaged_stage_is_made_again_and_what_was_made_of_it_stands(runs):
+    """Its checkpoints are lost too, so that it is trained anew: equal work has an equal digest, whatever the clock."""
+    folder = runs / "small" / "03_adapter_training"
+    before = {stage: manifest(runs, "small", stage) for stage in DONE_ONCE}
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "blind_run")
+    os.truncate(folder / "bundle" / "connector.safetensors", 0)
+    code, output = command(runs, "--run", "small", "-p", "shapes.train", "40", "-p", "shapes.test", "20", *SMALL)
+    assert code == 0, output[-3000:]
+    assert "bundle is lost or damaged: 03_adapter_training is made again" in output
+    after = {stage: manifest(runs, "small", stage) for stage in DONE_ONCE}
+    made_again = [stage for stage in DONE_ONCE if after[stage]["finished"] != before[stage]["finished"]]
+    assert made_again == ["03_adapter_training"]
+    assert {stage: told["digest"] for stage, told in after.items()} == {s: told["digest"] for s, told in before.items()}
 
 
 def test_a_bundle_scores_a_world_of_another_seed(runs, tmp_path):

@@ -342,6 +342,24 @@ def test_a_run_of_another_version_of_the_suite_is_not_gone_on_with(quick, accoun
     assert next(iter(change)) in error and "--run NAME" in error
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\x17\xff"])
+def test_a_damaged_state_of_a_run_is_told_in_a_sentence(quick, account, capfd, content):
+    assert push("--only", "01") == 0
+    (account / "tiny" / "kaggle.json").write_bytes(content)
+    for command in (resume, lambda: push("--only", "01")):
+        capfd.readouterr()
+        assert command() == REFUSED
+        told = capfd.readouterr().err
+        assert "tiny/kaggle.json is damaged" in told and "push the run again" in told and "Traceback" not in told
+
+
+def test_a_damaged_state_of_another_run_stops_no_push(quick, account):
+    (account / "other").mkdir(parents=True)
+    (account / "other" / "kaggle.json").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"passed over: .*other/kaggle\.json is damaged"):
+        assert push("--only", "08", minutes=9) == 0
+
+
 def test_large_work_that_this_disk_cannot_hold_is_not_dropped_unasked(dead, monkeypatch, account, capfd):
     monkeypatch.setattr("helpers.workspace.disk.free_gigabytes", lambda path: 0.9)
     assert resume() == REFUSED

@@ -632,6 +632,19 @@ def test_logs_and_folder(tmp_path, world, capsys):
     assert info["step"] == result.steps and info["fingerprint"]["encoder_key"] == "toy"
 
 
+def test_what_a_training_learnt_is_told_without_the_clock(tmp_path, world, monkeypatch):
+    """Equal work tells equal numbers, on a machine as slow as it may be: then equal bundles have equal digests."""
+    _, first = run(tmp_path / "first", world)
+    clock, slept = time.perf_counter, []
+    monkeypatch.setattr(training.history.time, "perf_counter", lambda: slept.append(1) or clock() + 60 * len(slept))
+    _, second = run(tmp_path / "second", world)
+    assert second.seconds > first.seconds + 60
+    assert second.learnt() == first.learnt()
+    clocks = {"minutes", "tokens_per_second"}
+    assert first.learnt().keys() == first.summary().keys() - clocks and clocks < first.summary().keys()
+    assert all(first.summary()[name] != second.summary()[name] for name in clocks)
+
+
 def test_loss_display_draws_in_place_in_a_notebook(monkeypatch):
     drawn = []
     handle = SimpleNamespace(update=lambda shown: drawn.append(("update", shown)))

@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
@@ -37,6 +37,8 @@ from helpers.models.parts import (
     IGNORED,
     inference,
     on_cpu,
+    read_facts,
+    read_tensors,
     require_finite,
     same_base,
     tensor_faults,
@@ -541,7 +543,7 @@ class AdemVL(nn.Module):
         path = folder / "adapter.safetensors"
         if not path.is_file():
             raise AdemVLError(f"{path} is missing; copy the whole folder")
-        model._load_strictly(load_file(path), path)
+        model._load_strictly(read_tensors(path, AdemVLError), path)
         model.tokenizer = tokenizer
         return model.to(device).eval()
 
@@ -667,7 +669,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / "adem_vl.json"
     if not path.is_file():
         raise AdemVLError(f"{folder} holds no adem_vl.json; give the folder that save_pretrained wrote")
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = read_facts(path, AdemVLError)
     if facts.get("format") != FORMAT:
         raise AdemVLError(f"{path} is of format {facts.get('format')!r}; this version reads format {FORMAT}")
     return facts

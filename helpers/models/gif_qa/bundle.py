@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,18 @@ from transformers import XCLIPConfig, XCLIPModel
 from helpers.config import profile_of
 from helpers.models.gif_qa.model import BUNDLE_FORMAT, GifQAModel, adapter_tensors
 from helpers.models.language import language_model_identity, load_language_model
-from helpers.models.parts import BundleError, load_strictly, require_same_base, warn_without_digest
+from helpers.models.parts import BundleError, load_strictly, read_facts, require_same_base, warn_without_digest
 from helpers.models.xclip import FrameEncoder, MaskedMIT, attention_implementation, encoder_identity, load_xclip
 from helpers.workspace.machine import device as default_device
 from helpers.workspace.weights import find_model
 
 
 def read_bundle(folder: Path | str) -> dict[str, Any]:
-    """Read bundle.json. Raises BundleError when there is none or it is of another format."""
+    """Read bundle.json. Raises BundleError when there is none, or it is damaged or of another format."""
     path = Path(folder) / "bundle.json"
     if not path.is_file():
         raise BundleError(f"{folder} is no bundle: it has no bundle.json")
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = read_facts(path)
     if facts.get("format") != BUNDLE_FORMAT:
         raise BundleError(f"{path} has format {facts.get('format')}; this code reads {BUNDLE_FORMAT}")
     return facts
@@ -65,6 +64,7 @@ def load_bundle(
     if video_model is not None and facts["video"]:
         load_encoder(facts, video_model)
 
+    read_facts(folder / "adapter_config.json")
     config = PeftConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # PEFT would warn that it is a folder now; the models were compared above
     adapted = get_peft_model(model, config)

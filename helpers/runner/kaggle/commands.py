@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import math
 import re
 import sys
@@ -16,6 +15,7 @@ from helpers.runner.kaggle.remote import Remote, alone_in
 from helpers.runner.kaggle.site import Site
 from helpers.runner.outcome import DONE, FAILED, PAUSED, Failed, Paused
 from helpers.runner.plan import RunPlan, add_common, add_weekly_hours, make_plan, parse_deadline
+from helpers.runner.quota.ledger import read_state
 from helpers.runner.report import print_scores, write_report
 from helpers.stage.suite import StageSpec
 from helpers.workspace.place import runs_root
@@ -75,10 +75,12 @@ def _plan(argv: Sequence[str]) -> tuple[RunPlan, dict[str, Any]]:
 
 
 def _read_state(run: str) -> dict[str, Any]:
-    path = runs_root() / run / "kaggle.json"
-    if not path.is_file():
-        raise ConfigError(f"run {run!r} was never pushed: there is no {path}. Start with ./run_all.sh kaggle push")
-    return json.loads(path.read_text(encoding="utf-8"))
+    folder = runs_root() / run
+    if (state := read_state(folder)) is None:
+        raise ConfigError(
+            f"run {run!r} was never pushed: there is no {folder / 'kaggle.json'}. Start with ./run_all.sh kaggle push"
+        )
+    return state
 
 
 def _strip_deadline(argv: Sequence[str]) -> tuple[list[str], float]:

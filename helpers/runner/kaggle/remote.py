@@ -206,7 +206,7 @@ class Remote:
         """Return the entries of this account's GPU sessions that are under way, those of other runs among them."""
         costly = {spec.name for spec in self.plan.suite.stages if spec.gpu}
         others = {file.parent for file in runs_root().glob("*/kaggle.json")} - {self.plan.folder}
-        stages = [self.state["stages"], *map(quota.pushed, sorted(others))]
+        stages = [self.state["stages"], *map(quota.pushed_elsewhere, sorted(others))]
         entries = [entry for run in stages for name, entry in run.items() if name in costly]
         mine = [entry for entry in entries if entry["kernel"].startswith(f"{self.site.owner}/")]
         return [

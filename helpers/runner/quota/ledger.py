@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from helpers.config import ConfigError
 from helpers.workspace.inputs import attached_paths
 from helpers.workspace.place import platform, runs_root, session_name
 
@@ -136,8 +137,33 @@ def open_ledger() -> Ledger:
 
 def pushed(run_folder: Path) -> dict[str, dict[str, Any]]:
     """Return what is known of each stage of a run that was pushed from here; {} of a run that was not."""
+    return (read_state(run_folder) or {}).get("stages", {})
+
+
+def pushed_elsewhere(run_folder: Path) -> dict[str, dict[str, Any]]:
+    """What `pushed` tells of a run that is only looked at: one that cannot be read is passed over with a warning."""
+    try:
+        return pushed(run_folder)
+    except (OSError, ConfigError) as error:
+        warnings.warn(f"a run is passed over: {error}", stacklevel=2)
+        return {}
+
+
+def read_state(run_folder: Path) -> dict[str, Any] | None:
+    """What is known of a run that was pushed from here; None of one that was not. ConfigError if it cannot be read."""
     file = run_folder / "kaggle.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("stages", {}) if file.is_file() else {}
+    if not file.is_file():
+        return None
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("stages", {}), dict):
+            raise ValueError("it tells of no stages")
+    except ValueError as error:  # bytes that are no UTF-8 too
+        raise ConfigError(
+            f"{file} is damaged ({error}): what run {run_folder.name!r} has on Kaggle is no longer known here. "
+            "Move the file away and push the run again, under another name if its sessions still run."
+        ) from error
+    return state
 
 
 def session_on_kaggle(entry: Mapping[str, Any]) -> str:
@@ -154,10 +180,7 @@ def begun_on_kaggle() -> set[str]:
     """Return the names of all sessions that were pushed from here and whose end has not been seen."""
     entries: list[Mapping[str, Any]] = []
     for file in runs_root().glob("*/kaggle.json"):
-        try:
-            entries += pushed(file.parent).values()
-        except (OSError, ValueError, AttributeError) as error:  # of any run: what happened to it stops no other
-            warnings.warn(f"{file} is passed over: it cannot be read ({error})", stacklevel=2)
+        entries += pushed_elsewhere(file.parent).values()
     return {session_on_kaggle(entry) for entry in entries if begun(entry)}
 
 
