@@ -144,7 +144,7 @@ def whole(tmp_path_factory, gifs) -> tuple[Path, float]:
     folder = tmp_path_factory.mktemp("whole")
     seconds = run(shard, gifs, folder, 1)
     tables = contents(folder)
-    assert len(tables) == 10  # four shards, what became of their sources, questions and rejects
+    assert len(tables) == 11  # four shards, what became of their sources, questions, rejects and near-duplicates
     assert sum(len(rows) for name, rows in tables.items() if name.startswith("frames")) == 37
     return folder, seconds
 
