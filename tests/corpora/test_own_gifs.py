@@ -437,7 +437,7 @@ def test_names_of_any_bytes_and_leftovers_beside_the_data_change_nothing(gifs, t
     for folder in (gifs, strange):
         corpus = own_gifs.load(folder, path, holdout=0)
         assert corpus.questions.gif.tolist() == ["cat.gif"] and corpus.gifs == {"cat.gif": str(folder / "cat.gif")}
-        assert corpus.rejects.reason[0].endswith("did you mean cat.gif, caf\\xe9.gif?")
+        assert corpus.rejects.reason[0].endswith("did you mean caf\\xe9.gif?")
         assert "caf\\xe9" in corpus.rejects.reason[0]
         corpus.rejects.to_parquet(tmp_path / "rejects.parquet")
         "".join(corpus.rejects.to_numpy().ravel()).encode()
