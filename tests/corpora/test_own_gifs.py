@@ -6,7 +6,6 @@ import unicodedata
 
 import pandas as pd
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 
 from helpers import corpora
 from helpers.corpora import own_gifs
@@ -373,16 +372,6 @@ def test_a_corpus_of_which_nothing_is_left_lists_its_rejects(gifs):
     missing = "there is no such GIF in the folder gifs"
     assert listed[:-1] == [f"  qa.csv row {n + 2}, bird{n}: {missing}" for n in range(8)]
     assert listed[-1].startswith("  qa.csv row 10, cat: the count 0 is outside 1 to 10")
-
-
-def test_a_notebook_shows_the_sentence_alone(gifs):
-    with pytest.raises(CorpusError) as error:
-        own_gifs.load(gifs, gifs / "absent.csv")
-    shell = InteractiveShell()
-    shell._showtraceback = lambda kind, value, shown: told.extend(shown)
-    told = []
-    shell.showtraceback((CorpusError, error.value, error.value.__traceback__))
-    assert told == [f"Questions: there is no file {gifs}/absent.csv."]
 
 
 def test_a_csv_that_excel_padded_and_a_row_with_a_comma_too_many(gifs):
