@@ -37,9 +37,6 @@ class CorpusError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(shown(message))
 
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]  # what a notebook shows of it: the files are at fault, and no line of code
-
 
 class RowError(ValueError):
     """One question that cannot be used; its message is the reason in the table of rejects."""

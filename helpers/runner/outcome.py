@@ -13,9 +13,7 @@ EXIT_CODES = """exit codes:
        that goes on is printed
   130  interrupted by Ctrl-C; the same command goes on"""
 
-SYSTEM_FAULTS = {"DiskFull"} | {
-    name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, OSError)
-}
+SYSTEM_FAULTS = {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, OSError)}
 """Names of the errors by which the operating system refuses something: they tell of the disk, not of the code."""
 
 

@@ -168,7 +168,7 @@ def execute(plan: RunPlan, spec: StageSpec) -> None:
     except PapermillExecutionError as error:
         if error.ename == DeadlineReached.__name__:
             raise Paused(error.evalue) from error
-        if error.ename in SENTENCES | SYSTEM_FAULTS or error.traceback == [error.evalue]:  # a sentence already
+        if error.ename in SENTENCES | SYSTEM_FAULTS:  # a sentence already
             raise Failed(f"{spec.name}: {error.evalue or error.ename}\nNotebook: {output}") from error
         at = f"cell [{error.exec_count}]: {_first_line(error.source)}"
         trace = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in error.traceback).splitlines()

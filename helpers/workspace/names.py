@@ -173,8 +173,13 @@ class Names:
         if same or self._left < len(self._all):
             return same[:3]
         self._left -= len(self._all)
-        by_form = {folded(shown(path)): path for path in self._all}
-        return [by_form[form] for form in difflib.get_close_matches(folded(written), by_form, n=3, cutoff=0.7)]
+        by_stem = {self._stem(path): path for path in self._all}
+        return [by_stem[stem] for stem in difflib.get_close_matches(self._stem(written), by_stem, n=3, cutoff=0.7)]
+
+    def _stem(self, path: str) -> str:
+        """A path for comparing: folded, without the ending, which all share; other bytes than UTF-8 as Latin-1."""
+        text = re.sub("[\udc80-\udcff]", lambda raw: chr(ord(raw[0]) - 0xDC00), path)
+        return folded(text).removesuffix(self._ending)
 
 
 def _listed(names: list[str]) -> str:

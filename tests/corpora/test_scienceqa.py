@@ -316,6 +316,7 @@ def site(tmp_path, write, monkeypatch):
         picture = (made / "images" / split / pid / "image.png").read_bytes()
         with zipfile.ZipFile(served / f"{split}.zip", "w") as archive:
             archive.writestr(f"{split}/{pid}/image.png", picture)
+            archive.writestr(f"__MACOSX/{split}/{pid}/image.png", b"a Mac's")
             archive.writestr(f"{split}/../../evil/image.png", picture)
             archive.writestr("/etc/evil/image.png", picture)
             archive.writestr(f"{split}/{pid}/choice_0.png", picture)

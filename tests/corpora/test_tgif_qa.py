@@ -184,11 +184,14 @@ def test_test_questions_that_are_left_out_are_counted_as_asked(folder, tmp_path)
 def test_broken_bytes_and_open_quotes_cost_their_own_row(folder):
     with (folder / "Train_count_question.csv").open("ab") as file:
         file.write(b"tumblr_\xff\tHow many times ?\t2\tCOUNT7\t40\r\ntumblr_z\tHow many times ?\t2\tCOUNT8\t41\r\n")
+        file.write(b"tumblr_z\tHow\0many times ?\t2\tCOUNT9\t41\r\n\0\0\0\0")
     with (folder / "hqga_frameqa_train.csv").open("a") as file:
         file.write('98,1,1,"what is open,cat,FRAMEQA7\n97,1,1,what is shut,dog,FRAMEQA8\n')
     corpus = tgif_qa.load(folder)
     assert {"COUNT8-train", "FRAMEQA8-train"} <= set(corpus.questions.question_id)
-    assert corpus.rejects["where"].tolist() == ["Train_count_question.csv row 4", "hqga_frameqa_train.csv row 4"]
+    broken = [f"Train_count_question.csv row {number}" for number in (4, 6, 7)]
+    assert corpus.rejects["where"].tolist() == [*broken, "hqga_frameqa_train.csv row 4"]
+    assert "NUL" in corpus.rejects.reason[1]
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\n", "\r", "\r\r\n"])

@@ -60,6 +60,8 @@ def test_a_name_is_found_as_it_is_meant(tmp_path, on_disk, written, found):
         (["deep/er/cat.gif"], "cat", r"no such GIF in the folder in; did you mean deep/er/cat\.gif\?"),
         (["kitten.gif"], "kiten.gif", r"did you mean kitten\.gif\?"),
         (["caf\udce9.gif"], "caf\u00e9.gif", r"did you mean caf\\xe9\.gif\?"),
+        (["\udce9\udce8\udcea.gif"], "\u00e9\u00e8\u00ea.gif", r"did you mean \\xe9\\xe8\\xea\.gif\?"),  # Latin-1
+        (["g0.gif", "g1.gif"], "x.gif", "no such GIF in the folder in$"),  # the ending alone is no likeness
         (["cat.gif"], "zebra.gif", "no such GIF in the folder in$"),
         (["cat.gif"], "cat\0.gif", "no such GIF"),
     ],

@@ -386,6 +386,7 @@ def test_attached_data_is_not_searched_to_its_depths(monkeypatch, tmp_path):
     monkeypatch.setattr(place, "KAGGLE_INPUT", tmp_path)
     near = attach(tmp_path, "models", "owner", "name", "transformers", "3b", "1") / "config.json"
     attach(tmp_path, *"123456789")
+    attach(tmp_path, "data", ".Trash-0", "3b")
     assert inputs.attached_paths("config.json") == [near]
 
 
