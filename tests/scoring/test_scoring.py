@@ -16,7 +16,7 @@ from helpers.answers import predict, save_predictions, token_batches
 from helpers.config import load_profile
 from helpers.corpora import shapes, tgif_qa
 from helpers.corpora.tasks import TASKS, ScoreError
-from helpers.models.gif_qa import Window
+from helpers.models.gif_qa import TooLong, Window
 from helpers.models.gif_qa.model import GifQAModel
 from helpers.stage import START_UP_SECONDS, own_pace
 from helpers.stage.pace import DeadlineReached
@@ -155,6 +155,22 @@ def test_no_prediction_rests_on_scores_that_are_not_finite(task, number):
     named = questions.assign(question=questions["question"] + questions["question_id"])
     with pytest.raises(ScoreError, match=f"{task} question {asked['question_id']} are not finite"):
         predict(Damaged(), named, FakeFeatures(), CONFIG, groups=2, vocabulary=["red", "blue"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_question_that_the_window_cannot_hold_is_named(task):
+    """The third question of the task is long: counted by hand it needs one token more than there is room for."""
+    questions = world().query("task == @task").reset_index(drop=True)
+    questions.loc[2, "question"] += " " * 200
+    row, model, features = questions.loc[2], FakeModel(), FakeFeatures()
+    answers = {"count": ["10"], "frameqa": ["x" * 24]}.get(task) or row["options"]
+    frames = features.lengths([row["gif_sha256"]], 2)[0]
+    needed = len(row["question"]) + max(len(f" {text}") for text in answers) + frames + math.ceil(frames / 16)
+    model.size = needed
+    predict(model, questions, features, CONFIG, groups=2, vocabulary=["red", "y" * 25])
+    model.size = needed - 1
+    with pytest.raises(TooLong, match=f"^{task} question {row['question_id']} needs {needed} tokens"):
+        predict(model, questions, features, CONFIG, groups=2, vocabulary=["red"])
 
 
 def test_count_is_the_rounded_expectation_of_the_ten_scored_numbers():

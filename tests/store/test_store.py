@@ -32,7 +32,7 @@ from helpers.store import encoding, shards, workers
 from helpers.store.encoding import cache_features
 from helpers.store.features import FeatureTable
 from helpers.store.frames import FrameTable
-from helpers.store.shards import shard_gifs
+from helpers.store.shards import leave_out, shard_gifs
 from helpers.store.tables import StoreError, read_questions
 from helpers.workspace.disk import DiskFull
 
@@ -239,6 +239,28 @@ def test_training_questions_about_what_a_test_gif_shows_are_left_out(tmp_path, f
     assert set(made.questions.split) == {"test"} and made.near_duplicates.empty
     # the same frames under two hashes are two GIFs of the store
     assert made.gifs == len(FrameTable(tmp_path / "01" / "frames")) == 5
+
+
+def test_questions_are_left_out_of_what_was_made_and_listed(tmp_path, files):
+    """As when some are too long: the tables on disk are those that are handed back; without any left, a reason."""
+    corpus = make_corpus(tmp_path / "gifs", {name: files[name] for name in ("a.gif", "b.gif")})
+    made = shard_gifs(corpus, tmp_path / "01", data_config())
+    assert leave_out(made, tmp_path / "01", reject_table([])) is made
+    out = made.questions.iloc[[1]]
+    listed = [(row.question_id, row.gif, "too long") for row in out.itertuples()]
+    left = leave_out(made, tmp_path / "01", reject_table(listed))
+    kept = made.questions.drop(index=1).question_id.tolist()
+    assert left.questions.question_id.tolist() == kept and left.gifs == made.gifs
+    assert read_questions(tmp_path / "01" / "questions.parquet").question_id.tolist() == kept
+    table = pd.read_parquet(tmp_path / "01" / "rejects.parquet")
+    assert table.to_numpy().tolist() == left.rejects.to_numpy().tolist() == [list(listed[0])]
+    every = reject_table([(name, "", "too long") for name in kept])
+    with pytest.raises(StoreError, match=rf"No question is left.*too long \({len(kept) + 1} times\)"):
+        leave_out(left, tmp_path / "01", every)
+    assert read_questions(tmp_path / "01" / "questions.parquet").question_id.tolist() == kept
+    frames = FrameTable(tmp_path / "01" / "frames")
+    for sha, length in frames.longest_views().items():
+        assert length == len(frames.frames(sha, max(data_config().groups))[0])
 
 
 def test_near_duplicates_of_test_gifs_are_listed_and_kept(tmp_path):

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import time
 import warnings
@@ -19,7 +20,7 @@ from torch import nn
 
 from helpers import training
 from helpers.corpora import target_answer
-from helpers.models.gif_qa import Window
+from helpers.models.gif_qa import TooLong, Window
 from helpers.models.parts import IGNORED
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.collective import TrainingError
@@ -159,6 +160,31 @@ def toy_questions(rows: int, gifs: int, seed: int = 0) -> pd.DataFrame:
             "label": np.where(task == "count", 0, -1),
         }
     )
+
+
+def test_a_question_that_the_window_cannot_hold_is_named(tmp_path, world):
+    """Each row's tokens by loops; the window is one token short of the longest row, to be trained on or watched."""
+    questions, features, profile = world
+    model = ToyModel()
+
+    def room(row, groups):
+        frames = min(features.frames[int(row.gif_sha256)], 16 * groups)
+        answer = target_answer(row.task, row.answer, row.label)
+        return len(row.question.split()) + len(model.encode_answer(answer)) + frames + math.ceil(frames / 16)
+
+    for watched, groups in ((None, 3), (questions, 2)):
+        trained = questions if watched is None else questions[questions["question"].str.split().str.len() < 5]
+        asked = questions if watched is None else watched
+        needed = {row.question_id: room(row, groups) for row in asked.itertuples()}
+        model.size = max(needed.values()) - 1
+        if watched is not None:
+            trained = trained[[room(row, 3) <= model.size for row in trained.itertuples()]]
+        longest = {name for name, tokens in needed.items() if tokens > model.size}
+        with pytest.raises(TooLong, match="needs") as error:
+            train(model, trained, features, profile, tmp_path / str(groups), eval_questions=watched, progress=False)
+        assert re.match(r"question (\w+) needs (\d+) tokens", str(error.value)).groups() in {
+            (name, str(model.size + 1)) for name in longest
+        }
 
 
 HOUR = 3600.0  # seconds; with a disk as slow as `slow_disk` a run stops after one step to save in time
