@@ -15,8 +15,6 @@ from helpers.suite import main
 from helpers.workspace.disk import DiskFull
 from helpers.workspace.place import repo_root
 
-FULL = Path("/dev/full")  # every write to it fails with ENOSPC, for root too
-
 
 def full(*_, **__):
     """What a write to a full disk raises: no path in it."""
@@ -77,11 +75,11 @@ def test_a_full_disk_before_a_kernel_is_refused_with_the_runs_folder(suite, caps
     assert f"{suite.runs / 'tiny'}: No space left on device" in told(capsys, "Refused")
 
 
-def test_an_upstream_note_that_cannot_be_written_is_refused(suite, capsys):
+def test_an_upstream_note_that_cannot_be_written_is_refused(suite, capsys, monkeypatch):
     suite.notebook("one", "stage.finish({})")
     for name in ("tiny", "other"):
         (suite.runs / name).mkdir(parents=True)
-    (suite.runs / "tiny" / "upstream").symlink_to(FULL)
+    monkeypatch.setattr(runner, "write_text", full)
     assert suite.run("--upstream", "other") == 2
     assert str(suite.runs / "tiny") in told(capsys, "Refused")
 
@@ -95,23 +93,30 @@ def test_a_forced_run_that_cannot_move_the_old_result_is_refused(suite, capsys, 
 
 
 @pytest.mark.parametrize("obstacle", ["folder", "full"])
-def test_a_notebook_that_cannot_be_saved_before_its_kernel_is_refused(suite, capsys, obstacle):
+def test_a_notebook_that_cannot_be_saved_before_its_kernel_is_refused(suite, capsys, monkeypatch, obstacle):
     suite.notebook("one", "stage.finish({})")
     output = suite.runs / "tiny" / "one" / "one.ipynb"
     output.parent.mkdir(parents=True)
-    output.mkdir() if obstacle == "folder" else output.symlink_to(FULL)
+    output.mkdir() if obstacle == "folder" else monkeypatch.setattr(runner.nbformat, "write", full)
     assert suite.run() == 2
     error = told(capsys, "Refused")
     assert error.startswith(f"Refused: one cannot start: {output}: ")
     assert suite.manifest("one") is None
 
 
-@pytest.mark.parametrize("obstacle", ["here.mkdir()", "here.symlink_to('/dev/full')"])
-def test_a_notebook_that_papermill_cannot_save_is_a_failure(suite, capsys, obstacle):
+@pytest.mark.parametrize("obstacle", ["folder", "full"])
+def test_a_notebook_that_papermill_cannot_save_is_a_failure(suite, capsys, monkeypatch, obstacle):
     """The disk fills up while the kernel is at work."""
-    suite.notebook(
-        "one", f"here = stage.folder / 'one.ipynb'\nhere.unlink()\n{obstacle}", "stage.finish({})", "import time"
-    )
+    made = "here = stage.folder / 'one.ipynb'\nhere.unlink()\nhere.mkdir()" if obstacle == "folder" else "here = 1"
+    suite.notebook("one", made, "stage.finish({})", "import time")
+    write, saved = runner.write_text, []
+
+    def fills_up(path: Path, text: str) -> None:
+        saved.append(1)
+        full() if len(saved) > 5 else write(path, text)
+
+    if obstacle == "full":
+        monkeypatch.setattr(runner, "write_text", fills_up)
     assert suite.run() == 1
     error = capsys.readouterr().err
     output = suite.runs / "tiny" / "one" / "one.ipynb"
