@@ -248,6 +248,7 @@ def one_run(
             attempt.kill(chance)
             kills[unfinished(runs / RUN)] += 1
             happened.append(f"killed in {unfinished(runs / RUN)}")
+            print(f"  {runs.name}: {happened[-1]}; {left.kills} kills of this kind to go", flush=True)
             due = chance.random() < left.damaged / max(left.kills, 1)
         elif code := attempt.wait(math.inf):
             happened.append(f"ended with {code}")
