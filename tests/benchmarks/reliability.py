@@ -58,7 +58,7 @@ OVERRIDES = {
 LEFT_OUT = ("set_up()", "step_cost(")  # cells: the imports are done, and what only measures the machine is no result
 RUN = "trial"
 REACH = 0.3  # of the calm run's computing time: the most that an attempt has before it is killed, at first
-POLL = 0.05  # seconds between two looks at an attempt
+POLL = 0.2  # seconds between two looks at an attempt: looking costs computing time too
 STUCK = 6  # attempts that end by an error, after which a run is given up
 SERVER = get_context("forkserver")
 
