@@ -133,12 +133,14 @@ def put_in_place(source: Path, target: Path) -> None:
 
     OSError if a file is to take a folder's place, or a folder a file's: nothing of another kind is removed unasked.
     """
+    if target.is_dir() and not source.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     if source.is_dir():
         for path in sorted(source.rglob("*"), reverse=True):  # what lies in a folder comes before it
             if not path.is_symlink():
                 sync(path)
     sync(source)
-    if source.is_dir() and target.is_dir():
+    if target.is_dir():
         old = _beside(target)
         target.rename(old)
         source.replace(target)
