@@ -129,7 +129,12 @@ def remove(path: Path) -> None:
 
 
 def put_in_place(source: Path, target: Path) -> None:
-    """Give a finished file or folder another name, in the place of what bears it now; all of it is on disk then."""
+    """Give a finished file or folder another name, in the place of what bears it now; all of it is on disk then.
+
+    OSError if a file is to take a folder's place, or a folder a file's: nothing of another kind is removed unasked.
+    """
+    if target.is_dir() and not source.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     if source.is_dir():
         for path in sorted(source.rglob("*"), reverse=True):  # what lies in a folder comes before it
             if not path.is_symlink():

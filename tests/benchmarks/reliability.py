@@ -58,7 +58,7 @@ OVERRIDES = {
 LEFT_OUT = ("set_up()", "step_cost(")  # cells: the imports are done, and what only measures the machine is no result
 RUN = "trial"
 REACH = 0.3  # of the calm run's computing time: the most that an attempt has before it is killed, at first
-POLL = 0.05  # seconds between two looks at an attempt
+POLL = 0.2  # seconds between two looks at an attempt: looking costs computing time too
 STUCK = 6  # attempts that end by an error, after which a run is given up
 SERVER = get_context("forkserver")
 
@@ -248,6 +248,7 @@ def one_run(
             attempt.kill(chance)
             kills[unfinished(runs / RUN)] += 1
             happened.append(f"killed in {unfinished(runs / RUN)}")
+            print(f"  {runs.name}: {happened[-1]}; {left.kills} kills of this kind to go", flush=True)
             due = chance.random() < left.damaged / max(left.kills, 1)
         elif code := attempt.wait(math.inf):
             happened.append(f"ended with {code}")

@@ -17,8 +17,6 @@ from helpers.suite import main
 from helpers.workspace.disk import DiskFull
 from helpers.workspace.place import repo_root
 
-FULL = Path("/dev/full")  # every write to it fails with ENOSPC, for root too
-
 
 def full(*_, **__):
     """What a write to a full disk raises: no path in it."""
@@ -96,13 +94,14 @@ def test_a_forced_run_that_cannot_move_the_old_result_is_refused(suite, capsys, 
     assert str(suite.runs / "tiny") in told(capsys, "Refused")
 
 
-def test_a_notebook_that_cannot_be_saved_before_its_kernel_is_refused(suite, capsys, monkeypatch):
+@pytest.mark.parametrize("obstacle", ["folder", "full"])
+def test_a_notebook_that_cannot_be_saved_before_its_kernel_is_refused(suite, capsys, monkeypatch, obstacle):
     suite.notebook("one", "stage.finish({})")
     output = suite.runs / "tiny" / "one" / "one.ipynb"
-    write = runner.nbformat.write
-    monkeypatch.setattr(runner.nbformat, "write", lambda book, path: write(book, FULL))
+    output.parent.mkdir(parents=True)
+    output.mkdir() if obstacle == "folder" else monkeypatch.setattr(runner.nbformat, "write", full)
     assert suite.run() == 2
-    assert told(capsys, "Refused").startswith(f"Refused: one cannot start: {output}: No space left")
+    assert told(capsys, "Refused").startswith(f"Refused: one cannot start: {output}: ")
     assert suite.manifest("one") is None
 
 
@@ -121,12 +120,19 @@ def test_files_at_fault_in_a_notebook_are_a_sentence(suite, capsys, fault, sente
     assert error.startswith(f"Failed: one: {sentence}\nNotebook: ") and "Traceback" not in error, error
 
 
-@pytest.mark.parametrize("obstacle", ["here.mkdir()", "here.symlink_to('/dev/full')"])
-def test_a_notebook_that_papermill_cannot_save_is_a_failure(suite, capsys, obstacle):
+@pytest.mark.parametrize("obstacle", ["folder", "full"])
+def test_a_notebook_that_papermill_cannot_save_is_a_failure(suite, capsys, monkeypatch, obstacle):
     """The disk fills up while the kernel is at work."""
-    suite.notebook(
-        "one", f"here = stage.folder / 'one.ipynb'\nhere.unlink()\n{obstacle}", "stage.finish({})", "import time"
-    )
+    made = "here = stage.folder / 'one.ipynb'\nhere.unlink()\nhere.mkdir()" if obstacle == "folder" else "here = 1"
+    suite.notebook("one", made, "stage.finish({})", "import time")
+    write, saved = runner.write_text, []
+
+    def fills_up(path: Path, text: str) -> None:
+        saved.append(1)
+        full() if len(saved) > 5 else write(path, text)
+
+    if obstacle == "full":
+        monkeypatch.setattr(runner, "write_text", fills_up)
     assert suite.run() == 1
     error = capsys.readouterr().err
     output = suite.runs / "tiny" / "one" / "one.ipynb"

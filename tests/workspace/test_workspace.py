@@ -530,3 +530,13 @@ def test_damaged_json_is_dropped_with_a_warning(tmp_path):
         with pytest.warns(UserWarning, match=r"note\.json is damaged"):
             assert disk.read_json(tmp_path / "note.json") is None
         assert not (tmp_path / "note.json").exists()
+
+
+def test_a_file_never_takes_the_place_of_a_folder_nor_the_other_way_round(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "kept").write_text("x")
+    with pytest.raises(OSError, match="here"):
+        disk.write_text(tmp_path / "here", "y")
+    with pytest.raises(OSError, match="kept"), disk.whole(tmp_path / "here" / "kept") as temporary:
+        temporary.mkdir()
+    assert (tmp_path / "here" / "kept").read_text() == "x" and len(list(tmp_path.rglob("*"))) == 2
