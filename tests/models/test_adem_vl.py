@@ -1102,7 +1102,11 @@ def test_a_token_across_the_boundary_is_learnt():
     class Pairs:
         """Two characters a token: where the answer begins depends on the prompt's length."""
 
-        bos_token_id, eos_token_id = 1, 2
+        bos_token_id, eos_token_id, unk_token = 1, 2, None
+        all_special_ids, all_special_tokens, added_tokens_decoder = [1, 2], ["<bos>", "<eos>"], {}
+
+        def __len__(self):
+            return 1000
 
         def __call__(self, text, add_special_tokens):
             ids = [100 + sum(map(ord, text[i : i + 2])) for i in range(0, len(text), 2)]
