@@ -1098,15 +1098,19 @@ def test_sequences_are_laid_out_as_officially(tokenizer):
     assert asked.input_ids == seen.input_ids[: len(asked.input_ids)] and set(asked.labels) == {-100}
 
 
+class Splitter:
+    """What a tokenizer has beside its way to split a text."""
+
+    bos_token_id, eos_token_id, unk_token = 1, 2, None
+    all_special_ids, all_special_tokens, added_tokens_decoder = [1, 2], ["<bos>", "<eos>"], {}
+
+    def __len__(self):
+        return 1000
+
+
 def test_a_token_across_the_boundary_is_learnt():
-    class Pairs:
+    class Pairs(Splitter):
         """Two characters a token: where the answer begins depends on the prompt's length."""
-
-        bos_token_id, eos_token_id, unk_token = 1, 2, None
-        all_special_ids, all_special_tokens, added_tokens_decoder = [1, 2], ["<bos>", "<eos>"], {}
-
-        def __len__(self):
-            return 1000
 
         def __call__(self, text, add_special_tokens):
             ids = [100 + sum(map(ord, text[i : i + 2])) for i in range(0, len(text), 2)]
@@ -1130,18 +1134,24 @@ def test_too_long_is_refused_and_never_cut(tokenizer):
 
 
 def test_letters_are_told_apart_by_their_first_token(tokenizer):
-    class Words:
+    class Words(Splitter):
         """A token a word, with the space before it; a full stop is one of its own."""
 
         def __call__(self, text, add_special_tokens):
             return argparse.Namespace(input_ids=[hash(word) for word in re.findall(r" ?\w+|\W", text)])
+
+    class Whole(Splitter):
+        """A text is one token."""
+
+        def __call__(self, text, add_special_tokens):
+            return argparse.Namespace(input_ids=[len(text)])
 
     prompt = "Options: (A) x (B) y\nResponse:The answer is"
     assert adem_vl.letter_tokens(Words(), prompt, ["A", "B"]) == [hash(" A"), hash(" B")]
     with pytest.raises(AdemVLError, match="do not begin with different tokens"):
         adem_vl.letter_tokens(tokenizer, prompt, "ABC")  # a space is a token of its own
     with pytest.raises(AdemVLError, match="changes how the end"):
-        adem_vl.letter_tokens(lambda text, **_: argparse.Namespace(input_ids=[len(text)]), prompt, "AB")
+        adem_vl.letter_tokens(Whole(), prompt, "AB")
 
 
 def test_collating_pads_on_either_side(tokenizer):
