@@ -134,7 +134,7 @@ def left_out(corpus: Corpus, kept: pd.DataFrame, gifs: Iterable[str]) -> str:
     """
     rows, lost = max(corpus.rows, len(corpus.questions)), len(set(gifs) - set(kept.gif))
     if rows == len(kept) and not lost:
-        return f"Nothing was left out of {rows:,} rows."
+        return f"nothing left out of {rows:,} rows"
     listed = f"{lost:,} GIF" + ("" if lost == 1 else "s")
     return f"{rows - len(kept):,} of {rows:,} rows and {listed} left out: rejects.parquet"
 

@@ -496,7 +496,7 @@ def test_what_is_left_out_is_one_line(gifs):
     without_dog = questions[questions.gif != "dog.gif"]
     assert corpora.left_out(corpus, without_dog, corpus.gifs) == "3 of 4 rows and 1 GIF left out: rejects.parquet"
     corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines[:3]), holdout=0)
-    assert corpora.left_out(corpus, corpus.questions, corpus.gifs) == "Nothing was left out of 3 rows."
+    assert corpora.left_out(corpus, corpus.questions, corpus.gifs) == "nothing left out of 3 rows"
 
 
 def profile(corpus):
