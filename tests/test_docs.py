@@ -208,3 +208,11 @@ def test_snippets_are_valid(house, text):
     for table in blocks(text, "csv"):
         Path("my_gifs", "qa.csv").write_text(table, encoding="utf-8")
         assert own_gifs.load("my_gifs", "my_gifs/qa.csv", holdout=1).rejects.empty
+
+
+def test_rooms_of_the_house_are_all_in_the_table():
+    rows = re.findall(r"^\| `(\w+)/` \| (.+) \|$", TEXTS["contributing.md"], re.MULTILINE)
+    assert len(rows) > 10
+    for wing, told in rows:
+        files = {path.stem for path in (ROOT / "helpers" / wing).rglob("*.py")} - {"__init__", "__main__"}
+        assert files <= set(re.findall(r"\w+", told)), (wing, files - set(re.findall(r"\w+", told)))

@@ -252,6 +252,8 @@ def _draw_gif(data: bytes, canvas: tuple[int, int], frames: Sequence[_GifFrame])
 
 def _open_webp(data: bytes, limits: Limits) -> Animation:
     size, animated, durations, end = None, False, [], 12
+    length = int.from_bytes(data[4:8], "little") + 8
+    data = data[:length]  # what stands behind the file's end is none of it
     for kind, start, stop in _chunks(data, 12, 8, "little", limits):
         body = data[start : min(stop, start + 16)]
         if kind == b"VP8X" and len(body) >= 10:
@@ -274,7 +276,6 @@ def _open_webp(data: bytes, limits: Limits) -> Animation:
     if size is None or not durations:
         raise GifRejected("truncated before the first frame")
     limits.check_canvas(*size)
-    length = int.from_bytes(data[4:8], "little") + 8
     whole = b"RIFF" + (end - 8).to_bytes(4, "little") + data[8:end]
     draw = partial(_draw_webp, whole, size, len(durations))
     return Animation(size, durations, length > len(data), draw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,4 +73,4 @@ def _stored(folder: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
         file = stack.enter_context(safe_open(path, framework="pt"))
         yield from ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118, a file is no mapping
     for path in [] if files else sorted(folder.glob("pytorch_model*.bin")):
-        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)).items()

@@ -40,13 +40,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / "stage.json"
     if not path.is_file():
         return None
+    again = f"make it again: ./run_all.sh --from {folder.name} (what is whole is kept)"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise StageError(f"{path} is not readable JSON ({error}); run the stage again with --force") from error
+        raise StageError(f"{path} is not readable JSON ({error}); {again}") from error
     told = manifest.get("status", manifest.get("settings")) if isinstance(manifest, dict) else None
     if told not in ("complete", "partial") and not isinstance(told, dict):
-        raise StageError(f"{path} does not say how far the stage is; run the stage again with --force")
+        raise StageError(f"{path} does not say how far the stage is; {again}")
     return manifest
 
 
@@ -264,28 +265,38 @@ def describe_outputs(
     return records, hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (files_below(path) if path.is_dir() else [path]))
+
+
 def _record(path: Path) -> dict[str, Any]:
     """Bytes and content's hash of an output; "" of one that is a Lance table or holds some."""
     files = files_below(path) if path.is_dir() else [path]
     tables = any(part.endswith(".lance") for file in (path, *files) for part in file.relative_to(path.parent).parts)
-    return {"bytes": sum(file.stat().st_size for file in files), "content": "" if tables else fingerprint(path)}
+    return {"bytes": _bytes(path), "content": "" if tables else fingerprint(path)}
 
 
-def contents_of(folder: Path, outputs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the hash of each output's content, by its path, for `damaged_outputs`; "" of Lance tables."""
-    return {output["path"]: _record(folder / output["path"])["content"] for output in outputs}
+def contents_of(folder: Path, outputs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return the hash of each file of each output, by the output's path, for `damaged_outputs`; none of tables."""
+    found = {}
+    for path in (folder / output["path"] for output in outputs):
+        files = (files_below(path) if path.is_dir() else [path]) if _record(path)["content"] else []
+        hashed = {file.relative_to(path).as_posix(): fingerprint(file) for file in files}
+        found[path.relative_to(folder).as_posix()] = hashed
+    return found
 
 
 def damaged_outputs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return the paths of a finished stage's outputs that are lost, or not what they were when it was finished.
 
-    A manifest of an earlier version tells no contents: then the sizes decide.
+    What was put beside them since is no damage. Of Lance tables, and in a manifest of an earlier version, no contents
+    are told: then the size decides.
     """
     contents, found = manifest.get("contents") or {}, []
     for output in manifest["outputs"]:
-        path = folder / output["path"]
-        now = _record(path) if path.exists() else {}
-        if now.get("bytes") != output["bytes"] or now["content"] != contents.get(output["path"], now["content"]):
+        path, files = folder / output["path"], contents.get(output["path"]) or {}
+        lost = not path.exists() or _bytes(path) < output["bytes"]
+        if lost or any(not (path / n).is_file() or fingerprint(path / n) != told for n, told in files.items()):
             found.append(output["path"])
     return found
 

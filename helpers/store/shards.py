@@ -352,7 +352,8 @@ def _match_questions(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFram
 
 def _leaks(questions: pd.DataFrame, sources: pd.DataFrame) -> dict[str, str]:
     """By name, the GIFs of training questions that are a test GIF, by their bytes or by what they show, and why."""
-    shows = sources.dropna(subset="frames_sha256").set_index("gif_sha256").frames_sha256
+    told = sources.dropna(subset="frames_sha256").drop_duplicates("gif_sha256")
+    shows = told.set_index("gif_sha256").frames_sha256
     digests = {"bytes": questions.gif_sha256, "frames": questions.gif_sha256.map(shows)}
     names = questions.drop_duplicates("gif").gif
     found: dict[str, str] = {}
@@ -367,7 +368,8 @@ def _leaks(questions: pd.DataFrame, sources: pd.DataFrame) -> dict[str, str]:
 
 def _near_duplicates(questions: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
     """The training GIFs that look like a test GIF, each with the one that it is nearest to."""
-    hashes = sources[sources.perceptual_hash.map(bool)].set_index("gif_sha256").perceptual_hash
+    told = sources[sources.perceptual_hash.map(bool)].drop_duplicates("gif_sha256")
+    hashes = told.set_index("gif_sha256").perceptual_hash
     hashed = questions[questions.gif_sha256.isin(hashes.index)]
     train, test = (hashed[hashed.split == split].drop_duplicates("gif_sha256") for split in ("train", "test"))
     if train.empty or test.empty:

@@ -74,9 +74,20 @@ def read_parquet(path: Path) -> pd.DataFrame | None:
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        _require_damage(path, error)
         warnings.warn(f"{path} is damaged ({_first_line(error)}): it is dropped and made again", stacklevel=2)
         remove(path)
         return None
+
+
+def _require_damage(path: Path, error: BaseException) -> None:
+    """Raise what failed unless the bytes in `path` are to blame: a fault that may pass is no reason to drop them."""
+    newer = "upgrade lance" in str(error).lower()
+    if newer or isinstance(error, MemoryError) or getattr(error, "errno", None):
+        raise error
+    for file in files_below(path) if path.is_dir() else [path]:  # Lance tells the disk's own errors without a number
+        with file.open("rb") as content:
+            content.read(1)
 
 
 def _first_line(error: Exception) -> str:
@@ -107,6 +118,7 @@ def recover_table(path: Path, rows: int, what: str) -> lance.LanceDataset | None
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Lance's Rust code
                 raise
+            _require_damage(path, error)
             dropped = dropped or _first_line(error)
             remove(versions.pop())
             for hint in (path / "_versions").glob("*hint*"):  # it names the version that is gone

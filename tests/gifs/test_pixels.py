@@ -152,6 +152,10 @@ def test_animated_webp_gives_its_frames_and_times():
     cut = decode(buffer.getvalue()[:-40], image_size=8)
     assert (cut.num_frames, cut.status) == (3, "truncated")
     np.testing.assert_array_equal(cut.frames, decoded.frames[:3])
+    behind = b"".join([b"VP8 ", (4).to_bytes(4, "little"), b"\0" * 4, b"ANMF", (99).to_bytes(4, "little")])
+    more = decode(buffer.getvalue() + behind, image_size=8)  # what stands behind a file's end is none of it
+    assert (more.num_frames, more.status) == (4, "ok")
+    np.testing.assert_array_equal(more.frames, decoded.frames)
 
 
 @pytest.mark.parametrize("default_image", [False, True])

@@ -73,8 +73,10 @@ def test_the_same_model_in_another_precision_or_file_is_the_same(tmp_path, dtype
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     assert language_model_digest(tmp_path / "parts", True) == wanted
     (tmp_path / "bin").mkdir()
-    torch.save({f"transformer.{n}": t for n, t in model.state_dict().items()}, tmp_path / "bin" / "pytorch_model.bin")
-    assert language_model_digest(tmp_path / "bin", True) == wanted
+    state = {f"transformer.{n}": t for n, t in model.state_dict().items()}
+    for zipped in (True, False):  # the format of PyTorch since 1.6, and the one before
+        torch.save(state, tmp_path / "bin" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        assert language_model_digest(tmp_path / "bin", True) == wanted
 
 
 def test_four_bits_do_not_change_it():

@@ -506,6 +506,20 @@ def test_a_finished_stage_whose_output_is_damaged_is_made_again(damage):
     assert read_manifest(stage.folder) is None
 
 
+def test_what_is_put_beside_the_files_of_a_finished_stage_is_no_damage():
+    stage = Stage("one", profile="tiny")
+    (stage.folder / "bundle").mkdir()
+    (stage.folder / "bundle" / "weights.txt").write_text("xx")
+    stage.finish({}, ["bundle"])
+    (stage.folder / "bundle" / "README.md").write_text("for the upload")
+    Stage("one", profile="tiny")
+    manifest = read_manifest(stage.folder)
+    assert manifest["status"] == "complete" and Stage("two", profile="tiny").input("one") == stage.folder
+    (stage.folder / "bundle" / "weights.txt").write_text("yy")
+    with pytest.warns(UserWarning, match="bundle is lost or damaged"):
+        Stage("one", profile="tiny")
+
+
 def test_a_stage_with_a_damaged_manifest_is_made_again():
     stage = Stage("one", profile="tiny")
     stage.finish({})

@@ -7,6 +7,7 @@ from pathlib import Path
 import lance
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from torch import nn
 
 from helpers.config import load_profile
 from helpers.corpora.schema import Corpus, question_row, question_table, reject_table
-from helpers.store import encoding, features, keep, shards
+from helpers.store import encoding, features, keep, shards, tables
 
 DAMAGE = {
     "emptied": lambda data: b"",
@@ -64,7 +65,7 @@ def stop_after(monkeypatch, room, name: str, commits: int) -> None:
     monkeypatch.setattr(room, name, stopping)
 
 
-def tables(folder: Path) -> dict[str, list]:
+def tables_below(folder: Path) -> dict[str, list]:
     found = {
         path.name: lance.dataset(str(path)).to_table().to_pylist()
         for path in sorted(folder.rglob("*.lance"))
@@ -83,7 +84,7 @@ def each_damage(folder: Path, work, expected: dict[str, list], place: Path) -> i
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             work(copy)
-        assert tables(copy) == expected, f"{file} {how}"
+        assert tables_below(copy) == expected, f"{file} {how}"
         shutil.rmtree(copy)
     return len(files)
 
@@ -92,7 +93,7 @@ def each_damage(folder: Path, work, expected: dict[str, list], place: Path) -> i
 def test_damaged_shards_and_journals_end_as_calm_ones(tmp_path, corpus, monkeypatch, stopped):
     monkeypatch.setattr(shards, "BATCH_GIFS", 1)
     shards.shard_gifs(corpus, tmp_path / "calm", DATA)
-    expected = tables(tmp_path / "calm")
+    expected = tables_below(tmp_path / "calm")
     assert sum(len(rows) for name, rows in expected.items() if name.endswith(".lance")) == 6
     before = tmp_path / "calm"
     if stopped:  # in the second shard's second commit, of two: the first shard is done
@@ -138,7 +139,7 @@ def test_damaged_features_end_as_calm_ones(tmp_path, corpus, monkeypatch, stoppe
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_after(patch, encoding, "upsert_features", 3)
             cache(before)
-    assert each_damage(before, cache, tables(tmp_path / "calm"), tmp_path) > 2
+    assert each_damage(before, cache, tables_below(tmp_path / "calm"), tmp_path) > 2
     assert len(features.FeatureTable(tmp_path / "calm" / "features.lance")) == 6
 
 
@@ -148,3 +149,29 @@ def test_a_kept_table_that_was_emptied_is_made_again(tmp_path):
     (tmp_path / "table.parquet").write_bytes(b"")
     with pytest.warns(UserWarning, match="dropped and made again"):
         assert keep(tmp_path / "table.parquet", lambda: made).equals(made)
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), PermissionError(13, "Permission denied")])
+def test_a_fault_of_the_disk_is_no_damage(tmp_path, monkeypatch, fault):
+    """A drive that went away for a moment must not cost what lies on it."""
+    tables.write_parquet(pd.DataFrame({"a": [1, 2]}), tmp_path / "a.parquet", pa.schema([("a", pa.int64())]))
+    lance.write_dataset(pa.table({"a": [1, 2]}), str(tmp_path / "a.lance"))
+    before = sorted(path for path in tmp_path.rglob("*"))
+
+    def failing(*args, **options):
+        raise fault
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tables.pd, "read_parquet", failing)
+        patched.setattr(tables.lance, "dataset", failing)
+        with pytest.raises(type(fault)):
+            tables.read_parquet(tmp_path / "a.parquet")
+        with pytest.raises(type(fault)):
+            tables.recover_table(tmp_path / "a.lance", 2, "rows")
+    with monkeypatch.context() as patched:  # Lance tells it without a number: the file itself cannot be opened
+        patched.setattr(tables.lance, "dataset", lambda *_: (_ for _ in ()).throw(OSError("LanceError(IO): ...")))
+        patched.setattr(tables.Path, "open", failing)
+        with pytest.raises(type(fault)):
+            tables.recover_table(tmp_path / "a.lance", 2, "rows")
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert tables.recover_table(tmp_path / "a.lance", 2, "rows").count_rows() == 2
