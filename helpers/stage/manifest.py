@@ -289,12 +289,12 @@ def contents_of(folder: Path, outputs: Iterable[Mapping[str, Any]]) -> dict[str,
 def damaged_outputs(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return the paths of a finished stage's outputs that are lost, or not what they were when it was finished.
 
-    What was put beside them since is no damage. Of Lance tables, and in a manifest of an earlier version, no contents
-    are told: then the size decides.
+    What was put beside them since is no damage. Of Lance tables the size decides. The manifest of an earlier version
+    tells no contents, and stands.
     """
-    contents, found = manifest.get("contents") or {}, []
-    for output in manifest["outputs"]:
-        path, files = folder / output["path"], contents.get(output["path"]) or {}
+    found = []
+    for output in manifest["outputs"] if "contents" in manifest else []:
+        path, files = folder / output["path"], manifest["contents"].get(output["path"], {})
         lost = not path.exists() or _bytes(path) < output["bytes"]
         if lost or any(not (path / n).is_file() or fingerprint(path / n) != told for n, told in files.items()):
             found.append(output["path"])
