@@ -74,6 +74,7 @@ def questions(rows, seed):
     rng = np.random.default_rng(seed)
     answers = rng.choice(["red", "green", "small star"], rows)
     return pd.DataFrame({
+        "question_id": [str(row) for row in range(rows)],
         "gif_sha256": rng.integers(30, size=rows).astype(str), "task": "frameqa", "answer": answers, "label": -1,
         "question": ["what color is the " + "small " * n + "circle ?" for n in rng.integers(0, 6, rows)],
         "options": [[] for _ in range(rows)],
