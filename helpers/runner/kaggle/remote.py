@@ -382,7 +382,8 @@ class Remote:
         ref = entry["kernel"]
         where = f"https://www.kaggle.com/code/{ref}"
         if "version" in entry:
-            raise Failed(f"{spec.name}: Kaggle finds the notebook of its earlier runs no more: look at {where}")
+            gone = f"Kaggle finds the notebook of its earlier runs no more: look at {where}"
+            raise Failed(f"{spec.name}: {gone}. If it was deleted, push anew under another name: --run NAME")
         if ref not in cleared and self._holds_nothing(ref) and self.site.delete(ref):
             cleared.append(ref)
             print(f"{spec.name}: {ref}, which a refused push had left empty, is deleted and pushed anew", flush=True)
