@@ -1,8 +1,12 @@
 """How a run ends: the exit codes, and the errors that lead to them."""
 
 import builtins
+import re
 from pathlib import Path
 
+from helpers.workspace.names import files_below
+
+HELPERS = Path(__file__).resolve().parents[1]
 DONE, FAILED, REFUSED, PAUSED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """exit codes:
   0    done: every stage asked for is complete
@@ -13,36 +17,19 @@ EXIT_CODES = """exit codes:
        that goes on is printed
   130  interrupted by Ctrl-C; the same command goes on"""
 
-SYSTEM_FAULTS = {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, OSError)}
-"""Names of the errors by which the operating system refuses something: they tell of the disk, not of the code."""
 
+def is_sentence(name: str) -> bool:
+    """Whether an error that a kernel tells by its class's name says all that is to be said, without the code's lines.
 
-# the suite's own errors, by name as a kernel tells them: each is a sentence that says what to do, the place in the code
-# adds nothing to it (the executed notebook keeps that)
-SENTENCES = frozenset(
-    [
-        "AdemVLError",
-        "AttachedError",
-        "BundleError",
-        "CheckpointError",
-        "ConfigError",
-        "CorpusError",
-        "DiskFull",
-        "FetchError",
-        "GifRejected",
-        "KnownBad",
-        "ModelNotFound",
-        "NetworkDown",
-        "PromptTooLong",
-        "ResultsError",
-        "ScoreError",
-        "StageConflict",
-        "StageError",
-        "StoreError",
-        "TooLong",
-        "TrainingError",
-    ]
-)
+    That are the errors by which the operating system refuses something, which tell of the disk and not of the code,
+    and the suite's own, wherever in helpers they are defined; the executed notebook keeps the place.
+    """
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, OSError):
+        return True
+    defined = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
+    files = (file for file in files_below(HELPERS) if file.suffix == ".py")
+    return any(defined.search(file.read_text(encoding="utf-8")) for file in files)
 
 
 def fault_of(error: OSError, place: Path | None = None) -> str:

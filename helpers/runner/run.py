@@ -19,7 +19,7 @@ import nbformat
 
 from helpers.runner import quota
 from helpers.runner.drive import keep_on_drive, take_from_drive
-from helpers.runner.outcome import DONE, PAUSED, REFUSED, SENTENCES, SYSTEM_FAULTS, Failed, Paused, fault_of
+from helpers.runner.outcome import DONE, PAUSED, REFUSED, Failed, Paused, fault_of, is_sentence
 from helpers.runner.plan import RunPlan, filled_in
 from helpers.runner.report import print_scores, write_report
 from helpers.stage.lock import hold_lock, release_lock
@@ -168,7 +168,7 @@ def execute(plan: RunPlan, spec: StageSpec) -> None:
     except PapermillExecutionError as error:
         if error.ename == DeadlineReached.__name__:
             raise Paused(error.evalue) from error
-        if error.ename in SENTENCES | SYSTEM_FAULTS:  # a sentence already
+        if is_sentence(error.ename):
             raise Failed(f"{spec.name}: {error.evalue or error.ename}\nNotebook: {output}") from error
         at = f"cell [{error.exec_count}]: {_first_line(error.source)}"
         trace = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in error.traceback).splitlines()

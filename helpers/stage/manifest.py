@@ -98,7 +98,7 @@ def find_stage(run_folder: Path, name: str) -> Path:
 
 def fingerprint(path: Path) -> str:
     """Hash a file's or a folder's content; above 256 MB names, sizes and each file's ends stand for the content."""
-    files = files_below(path) if path.is_dir() else [path]
+    files = _files(path)
     small = sum(file.stat().st_size for file in files) <= HASHED_BYTES
     digest = hashlib.sha256()
     for file in files:
@@ -257,32 +257,34 @@ def describe_outputs(
         if not path.exists() or not path.resolve().is_relative_to(folder.resolve()):
             raise StageError(f"{folder.name}: output {output} does not exist inside {folder}")
         relative = path.resolve().relative_to(folder.resolve()).as_posix()
-        record = _record(path)
-        records.append({"path": relative, "bytes": record["bytes"]})
+        records.append({"path": relative, "bytes": _bytes(path)})
         # equal Lance tables are not equal files, and shards are large: there the settings stand for the content
-        contents[relative] = record["content"]
+        contents[relative] = "" if _holds_tables(path) else fingerprint(path)
     key = settings_key(settings)
     return records, hashlib.sha256(json.dumps([key, contents], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _files(path: Path) -> list[Path]:
+    return files_below(path) if path.is_dir() else [path]
+
+
 def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (files_below(path) if path.is_dir() else [path]))
+    return sum(file.stat().st_size for file in _files(path))
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """Bytes and content's hash of an output; "" of one that is a Lance table or holds some."""
-    files = files_below(path) if path.is_dir() else [path]
-    tables = any(part.endswith(".lance") for file in (path, *files) for part in file.relative_to(path.parent).parts)
-    return {"bytes": _bytes(path), "content": "" if tables else fingerprint(path)}
+def _holds_tables(path: Path) -> bool:
+    """Whether an output is a Lance table or holds some."""
+    parts = (part for file in (path, *_files(path)) for part in file.relative_to(path.parent).parts)
+    return any(part.endswith(".lance") for part in parts)
 
 
 def contents_of(folder: Path, outputs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """Return the hash of each file of each output, by the output's path, for `damaged_outputs`; none of tables."""
     found = {}
-    for path in (folder / output["path"] for output in outputs):
-        files = (files_below(path) if path.is_dir() else [path]) if _record(path)["content"] else []
-        hashed = {file.relative_to(path).as_posix(): fingerprint(file) for file in files}
-        found[path.relative_to(folder).as_posix()] = hashed
+    for name in (output["path"] for output in outputs):
+        path = folder / name
+        files = [] if _holds_tables(path) else _files(path)
+        found[name] = {file.relative_to(path).as_posix(): fingerprint(file) for file in files}
     return found
 
 

@@ -72,7 +72,7 @@ def test_what_is_kept_can_be_asked_and_what_is_left_out_cannot(make_model, tiny_
         verdicts.append(fits)
         prompt = model.encode_prompt(question)
         if verdicts[-2:] == [True, False]:
-            with pytest.raises(ValueError, match=r"a sequence of 129 tokens .* over the language model's 128"):
+            with pytest.raises(ValueError, match=r"a sequence needs 129 tokens .* over the language model's 128"):
                 model.score([prompt], [[answer]], frames, [40])
             model.score([model.encode_prompt(question[1:])], [[answer]], frames, [40])
             model.generate([model.encode_prompt(question[1:])], frames, [40])

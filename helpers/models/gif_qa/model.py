@@ -211,9 +211,7 @@ class GifQAModel(nn.Module):
         return packed, mask, order - (rank.shape[1] - input_ids.shape[1])
 
     def _require_room(self, length: int) -> None:
-        limit = self.window().size
-        if limit is not None and length > limit:
-            raise ValueError(f"a sequence of {length} tokens (video and text) is over the language model's {limit}")
+        self.window().require_room(length, "a sequence")
 
     def _hidden(self, embeddings: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states [B, S, H], without the head."""
