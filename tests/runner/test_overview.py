@@ -141,7 +141,7 @@ def test_an_unreadable_stage_of_another_run_is_passed_over(content, monkeypatch,
 def test_an_unreadable_stage_of_the_run_itself_stays_an_error(content, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
     ruin(tmp_path / "new" / "02_feature_caching", content)
-    with pytest.raises(StageError, match=r"new/02_feature_caching/stage\.json .*--force"):
+    with pytest.raises(StageError, match=r"new/02_feature_caching/stage\.json .*--from 02_feature_caching"):
         overview.stage_table(load_profile("tiny"), tmp_path / "new")
     assert main(["quota", "--profile", "tiny", "--run", "new"]) == 2
     assert "Refused: " in capsys.readouterr().err
