@@ -20,6 +20,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations, permutations
 from pathlib import Path
@@ -139,14 +140,17 @@ def views(scene: Scene) -> dict[int, list[list[int]]]:
     return found
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `vocabulary` tokens learnt from `texts`; the end token has the highest id."""
+def train_tokenizer(texts: list[str], vocabulary: int, controls: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocabulary` tokens learnt from `texts`; the end token has the highest id.
+
+    controls: further special tokens, such as those of a chat template.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 1, special_tokens=["<pad>", "<bos>"], initial_alphabet=alphabet
+        vocab_size=vocabulary - 1, special_tokens=["<pad>", "<bos>", *controls], initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(["<eos>"])
