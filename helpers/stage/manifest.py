@@ -192,7 +192,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name every setting that differs and decides the result; `old` may be of an earlier version of the suite."""
     ours, theirs = (deciding(settings.get("profile") or {}) for settings in (new, old))
-    theirs |= {name: before_of(name) for name in ours.keys() - theirs.keys() if "." in name}
+    for name in ours.keys() - theirs.keys():  # a key that a stage names alone, or a section, that did not exist then
+        theirs |= {name: before_of(name)} if "." in name else deciding({name: {}})
     for section, values in ours.items():
         if isinstance(values, Mapping) and isinstance(theirs.get(section), dict):
             of_content = [key for key, value in values.items() if isinstance(value, str) and value.startswith(CONTENT)]
