@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from helpers.config import PACING, Profile, TrainingConfig
 from helpers.corpora.tasks import target_answer
 from helpers.models.connectors import video_tokens
 from helpers.models.parts import IGNORED
-from helpers.training.checkpoints import CONTRACT, trainable
+from helpers.training.checkpoints import CONTRACT, CheckpointError, load_tensors, newest_checkpoint, trainable
 from helpers.training.collective import TrainingError, world
 from helpers.training.engine import Job, TrainResult, fit
 from helpers.training.plan import BatchPlan
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from helpers.store.features import FeatureTable
 
 
+STEPS = "steps"
 TWIN = "steps of the blind twin"  # what is trained after the model, on the same batches
+ALIGNMENT = "steps of the alignment"  # what is trained before it, with the adapter held still
 WORKER = "helpers.training.worker"  # started as a process of its own, so that no face imports it
 PARTS = {"mit": "learning_rate_mit", "connector": "learning_rate_connector", "language_model": "learning_rate_lora"}
 
@@ -152,6 +155,34 @@ def run_identity(model: GifQAModel, dataset: QADataset, features: FeatureTable, 
     }
 
 
+@contextmanager
+def held_still(module: nn.Module) -> Iterator[None]:
+    """Nothing of `module` learns in this block; what learnt before it learns after it."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def start_from_alignment(model: GifQAModel, folder: Path | str) -> dict[str, Any]:
+    """Give `model` the connector (and MIT) of the finished alignment in `folder`, as `captions.align` left it there.
+
+    Returns what tells this alignment from others, for the identity of a run that builds on it. Raises CheckpointError
+    if it is not finished or does not fit the model.
+    """
+    found = newest_checkpoint(Path(folder) / "checkpoints")
+    if found is None or found[1]["step"] < found[1]["total_steps"]:
+        raise CheckpointError(f"{folder} holds no finished alignment to build on: run `align` to its end first")
+    path, info = found
+    with held_still(model.language_model):
+        load_tensors(model, path)
+    return {"alignment": info["fingerprint"]["alignment"], "captions": info["fingerprint"]["questions"]}
+
+
 def train(
     model: GifQAModel,
     questions: pd.DataFrame,
@@ -162,6 +193,7 @@ def train(
     deadline: float = math.inf,
     eval_questions: pd.DataFrame | None = None,
     progress: bool = True,
+    aligned: Path | str | None = None,
 ) -> TrainResult:
     """Train `model` on `questions` (rows of the QA table) from the frame embeddings in `features`, or go on with it.
 
@@ -169,15 +201,21 @@ def train(
     exactly where its newest checkpoint stands, and a finished one is only loaded. `deadline` is in seconds from now:
     the run stops before it, saves and returns 'partial', as it does on SIGTERM; on Ctrl-C it saves, then raises
     KeyboardInterrupt. `eval_questions` (if any) get their mean loss measured at the end of each epoch. A model without
-    video (`model.video` False) is trained on the same batches as one with video.
+    video (`model.video` False) is trained on the same batches as one with video. `aligned` is the folder of a finished
+    alignment (see `helpers.training.captions`), from whose connector training starts.
 
     Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
     of other settings or data, TooLong for a question that the window cannot hold, TrainingError if the loss diverges or
     nothing is learnt (see `learning`).
     """
     model.check_features(features.encoder_key)
+    built_on = start_from_alignment(model, aligned) if aligned else {}
+    aligning = not any(p.requires_grad for p in model.language_model.parameters())
+    if aligning:
+        built_on = {"alignment": profile.alignment.model_dump(mode="json")}
     if profile.training.gpus > 1 and world() == 1:
         options = {"video": model.video, "deadline": deadline, "eval_questions": eval_questions}
+        options |= {"aligning": aligning, "aligned": aligned}
         train_in_processes(profile.training.gpus, WORKER, questions, features.path, profile, folder, **options)
         deadline = 0.0  # what the processes left is loaded, no step is added
     training, in_prompt = profile.training, profile.evaluation.options_in_prompt
@@ -195,7 +233,7 @@ def train(
         dataset=dataset,
         plan=plan,
         collator=collator,
-        identity=run_identity(model, dataset, features, profile),
+        identity=run_identity(model, dataset, features, profile) | built_on,
         groups=parameter_groups(model, training),
         tokens=plan.text_tokens + (plan.video_tokens if model.video else 0),
         warmup=training.warmup_ratio,
@@ -205,9 +243,9 @@ def train(
         log_steps=training.log_steps,
         watched=watched,
         gradient_checkpointing=training.gradient_checkpointing,
-        adapter="language_model",
-        unit="steps" if model.video else TWIN,
-        follow=(TWIN,) if model.video else (),
+        adapter="connector" if aligning else "language_model",
+        unit=ALIGNMENT if aligning else STEPS if model.video else TWIN,
+        follow=(TWIN,) if model.video and not aligning else (),
         answer_tokens=lambda item: len(item[1]),
     )
     return fit(model, job, folder, deadline=deadline, progress=progress, parts=tuple(PARTS))
