@@ -21,6 +21,7 @@ from helpers.store.features import FeatureTable
 from helpers.store.shards import shard_gifs
 from helpers.store.tables import StoreError
 from helpers.training import WORKER, collective, processes
+from helpers.training.captions import align, caption_rows
 from helpers.training.checkpoints import trainable
 from helpers.training.collective import TrainingError
 from helpers.training.gif_qa import hold_out, train
@@ -83,6 +84,38 @@ def test_two_processes_do_what_one_does(tmp_path, world, make_profile):
             part, _ = run(world, two, tmp_path / "parts")
             assert (part.status, part.steps) == ("partial", done)
     same(alone, run(world, settings(make_profile), tmp_path / "parts"))
+
+
+def test_stage_one_and_the_questions_on_top_of_it(tmp_path, world, make_profile):
+    """Two processes hold the adapter still as one does, and all of them start the questions from what it left."""
+    (questions, watched), features = world
+    captions, held = (
+        pd.DataFrame({"caption_id": rows["question_id"], "gif_sha256": rows["gif_sha256"], "split": "train"})
+        .assign(caption=[f"a picture of {answer}" for answer in rows["answer"]])
+        .pipe(caption_rows, "Describe this GIF.")
+        for rows in (questions[::8], watched)
+    )
+    found = []
+    for gpus in (1, 2):
+        profile = settings(make_profile, training__gpus=gpus, training__epochs=1.0, alignment__epochs=2.0)
+        model = GifQAModel.build(profile, torch.device("cpu"))
+        adapter = {name: p.detach().clone() for name, p in trainable(model.language_model).items()}
+        folder = tmp_path / f"aligned by {gpus}"
+        options = {"questions": questions, "eval_captions": held, "progress": False}
+        result = align(model, captions, features, profile, folder, **options)
+        assert all(torch.equal(p, adapter[name]) for name, p in trainable(model.language_model).items())
+        found.append((result, {name: p.detach().clone() for name, p in trainable(model).items()}))
+    same(*found)
+    begun = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUITE_PROBE_STEPS", "2")
+        for gpus in (1, 2):
+            profile = settings(make_profile, training__gpus=gpus, training__epochs=1.0, alignment__epochs=2.0)
+            begun.append(run(world, profile, tmp_path / f"by {gpus}", aligned=tmp_path / "aligned by 1")[0])
+        begun.append(run(world, settings(make_profile, training__epochs=1.0), tmp_path / "without")[0])
+    one, two, without = (result.history["loss"] for result in begun)
+    np.testing.assert_allclose(one, two, rtol=2e-4)
+    assert abs(one[0] - without[0]) > 1e-2
 
 
 def test_the_blind_twin_in_four_bits(tmp_path, world, make_profile):

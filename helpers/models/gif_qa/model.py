@@ -252,15 +252,20 @@ class GifQAModel(nn.Module):
         return embeddings, mask
 
     def decode(
-        self, prompts: Sequence[Sequence[int]], video: tuple[Tensor, Tensor] | None, num_beams: int, returned: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        video: tuple[Tensor, Tensor] | None,
+        num_beams: int,
+        returned: int,
+        new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[list[str]]:
-        """Texts of the `returned` best beams of each prompt; `video` as of `video_input`."""
+        """Texts, of `new_tokens` at most, of the `returned` best beams of each prompt; `video` as of `video_input`."""
         embeddings, mask = self._prefix(prompts, video, left=True)
-        self._require_room(embeddings.shape[1] + MAX_NEW_TOKENS)
+        self._require_room(embeddings.shape[1] + new_tokens)
         tokens = self.language_model.generate(
             inputs_embeds=embeddings,
             attention_mask=mask.long(),
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=new_tokens,
             do_sample=False,
             num_beams=num_beams,
             num_return_sequences=returned,
@@ -274,14 +279,16 @@ class GifQAModel(nn.Module):
         frames: Any = None,
         lengths: Any = None,
         num_beams: int = 1,
+        new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[str]:
-        """Open-ended answers by greedy (num_beams=1) or beam search.
+        """Open-ended answers, of `new_tokens` at most, by greedy (num_beams=1) or beam search.
 
         prompts: token ids from `encode_prompt`; frames [B, N, D] and lengths [B] (0: nothing is shown), tensors or
         arrays, ignored by a blind model.
         """
         with inference(self):
-            return [texts[0] for texts in self.decode(prompts, self.video_input(frames, lengths), num_beams, 1)]
+            video = self.video_input(frames, lengths)
+            return [texts[0] for texts in self.decode(prompts, video, num_beams, 1, new_tokens)]
 
     def score(
         self,
