@@ -77,7 +77,7 @@ def read_captions(path: Path | str) -> pd.DataFrame:
     if not path.exists():
         return CAPTION_SCHEMA.empty_table().to_pandas()
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise StoreError(
             f"{path} cannot be read as a table ({_first_line(error)}): run 01 again with --force."
