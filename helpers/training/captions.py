@@ -54,13 +54,13 @@ def choose_captions(
     GIF in `tested`.
     """
     rows = caption_rows(captions[captions["split"] == "train"], profile.alignment.prompt)
+    if not profile.alignment.epochs:
+        return Captions(rows[:0], rows[:0], "Stage one is off (alignment.epochs is 0).")
     if leaked := set(rows["gif_sha256"]) & set(tested):
         raise TrainingError(
             f"{len(leaked)} GIFs of captions to train on occur in the test questions (the first: {min(leaked)}): "
             "run 01 again"
         )
-    if not profile.alignment.epochs:
-        return Captions(rows[:0], rows[:0], "Stage one is off (alignment.epochs is 0).")
     too_long = rows["question_id"].isin(Window.of(profile).too_long(rows, features.longest_views())["item"])
     held = rows["gif_sha256"].isin(watched)
     trained, held = rows[~too_long & ~held], rows[~too_long & held]
