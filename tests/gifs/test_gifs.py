@@ -277,7 +277,7 @@ BAD = {
     "bomb in a frame": (gif([frame_block(WHOLE, [0] * 16), frame_block((65000, 65000, 4, 4), [0] * 16)]), "frame 1"),
     "zero width": (gif([frame_block(WHOLE, [0] * 16)], size=(0, 4)), "canvas is empty"),
     "zero height": (gif([frame_block(WHOLE, [0] * 16)], size=(4, 0)), "canvas is empty"),
-    "empty frame": (gif([frame_block((0, 0, 0, 4), [0])]), "the first frame is damaged"),
+    "empty frames": (gif([frame_block((0, 0, 0, 4), []), frame_block((1, 1, 3, 0), [])]), "its frames are empty"),
     "too few pixels": (gif([frame_block(WHOLE, [0] * 5)]), "the first frame is damaged"),
     "descriptor cut off": (HEADER + b",\0\0\0", "truncated before the first frame"),
     "first frame cut off": (gif([frame_block(WHOLE, [0] * 16)], trailer=b"")[:-8], "the first frame is damaged"),
