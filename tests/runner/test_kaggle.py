@@ -991,7 +991,7 @@ def test_a_run_is_not_pushed_again_with_other_options(quick, capfd):
     assert "was pushed with other options" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("other", ["Tiny", "tiny_", "tiny.-"])
+@pytest.mark.parametrize("other", ["TINY_", "tiny-", "tiny.-"])
 def test_a_run_that_would_share_anothers_notebook_is_refused(quick, account, capfd, other):
     mine = f"{OWNER}/gifqa-tiny-01-data-sharding"
     assert push("--only", "01") == 0
