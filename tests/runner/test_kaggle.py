@@ -991,6 +991,21 @@ def test_a_run_is_not_pushed_again_with_other_options(quick, capfd):
     assert "was pushed with other options" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("other", ["TINY_", "tiny-", "tiny.-"])
+def test_a_run_that_would_share_anothers_notebook_is_refused(quick, account, capfd, other):
+    mine = f"{OWNER}/gifqa-tiny-01-data-sharding"
+    assert push("--only", "01") == 0
+    assert push("--only", "01", "--run", other) == REFUSED
+    told = capfd.readouterr().err
+    assert f"run '{other}' would be pushed to the notebook of run 'tiny', {mine}" in told
+    assert "--run NAME" in told and "kaggle resume --run tiny" in told
+    assert len(quick.runs[mine]) == 1 and not (account / other / "kaggle.json").exists()
+    push("--only", "08", "--run", other)  # a notebook that the other run has not
+    push("--only", "01", "--run", "else")
+    assert {*quick.runs} == {mine, f"{OWNER}/gifqa-tiny-08-demo", f"{OWNER}/gifqa-else-01-data-sharding"}
+    assert resume() == 0
+
+
 def test_an_input_that_the_run_does_not_hold_is_refused(quick, capfd):
     assert push("--only", "00", "--only", "02") == REFUSED and not quick.runs
     assert "02_feature_caching reads 01_data_sharding, which is not part of this run" in capfd.readouterr().err
