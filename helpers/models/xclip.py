@@ -79,7 +79,7 @@ def portable_name(model_id: str) -> str:
 
 
 def same_encoder(key: str, other: str) -> bool:
-    """Whether features of these two `FrameEncoder.key`s are alike: the weights' digest decides, not the model's name."""
+    """Whether features of these `FrameEncoder.key`s are alike: the weights' digest decides, not the model's name."""
     return key.rsplit("|", 4)[-4:] == other.rsplit("|", 4)[-4:]
 
 
