@@ -2,7 +2,8 @@
 
 The CSV has the columns `gif,task,question,answer,options`, and may have `split` and `type`. Options are separated by
 a vertical bar, or by commas where that is unambiguous; the answer of a multiple-choice question is an option's text,
-its letter or its 0-based index; a count is a whole number from 1 to 10, as the model counts.
+its letter or its 0-based index, and where a number may be two of these, the other rows tell or it is refused; a count
+is a whole number from 1 to 10, as the model counts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -61,15 +62,15 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
     if not 0 <= holdout <= 1:
         raise CorpusError(f"holdout is a share of the GIFs from 0 to 1; found {holdout}.")
     header, records = read_sheet(path, COLUMNS, needed=COLUMNS[:-1])
-    names, kept, reasons, indices = Names(folder, ending=".gif"), {}, {}, {}
+    names, kept, reasons, readings = Names(folder, ending=".gif"), {}, {}, {}
     for number, cells in records:
         try:
             row = _cells(cells, header)
-            row |= _options_and_answer(row, number, indices)
+            row |= _options_and_answer(row, number, readings)
             kept[number] = _question(row, names, f"{shown(path.stem)}-{number}", holdout)
         except RowError as error:
             reasons[number] = str(error)
-    for find in (_of_unknown_origin(indices), _contradictory(kept, path)):
+    for find in (_of_unknown_origin(readings), _text_or_number(readings), _contradictory(kept, path)):
         reasons = {number: reason for number, reason in find.items() if number in kept} | reasons
     rows = [row for number, row in kept.items() if number not in reasons]
     named = {
@@ -121,10 +122,19 @@ def _question(row: dict[str, Any], names: Names, question_id: str, holdout: floa
     )
 
 
-def _options_and_answer(row: dict[str, str], number: int, indices: dict[int, tuple[int, int]]) -> dict[str, Any]:
+class _Reading(NamedTuple):
+    """What an answer means among the options: by its text, and by its number, counted from 0; None: not so."""
+
+    answer: str
+    options: list[str]
+    text: int | None
+    number: int | None
+
+
+def _options_and_answer(row: dict[str, str], number: int, readings: dict[int, _Reading]) -> dict[str, Any]:
     """The row's options, and its answer as `question_row` takes it.
 
-    An answer that is an option's number is noted in `indices` by the row's number, with how many options there are.
+    What an answer that is no letter means is noted in `readings` by the row's number.
     """
     answer = row["answer"]
     if row["task"] == "count":
@@ -141,12 +151,18 @@ def _options_and_answer(row: dict[str, str], number: int, indices: dict[int, tup
     if len(options) < 2 or "" in options:
         rule = f"{row['task']} needs two or more options, none of them empty, with vertical bars between them"
         raise RowError(f"{rule}; found {options}")
-    index, is_number = _option_index(answer, options)
-    if is_number:
-        indices[number] = (index, len(options))
-        if options.count(dict(enumerate(options)).get(index, "")) > 1:
+    text, by_number = _text_index(answer, options), _number(answer)
+    if text is None and (letter := _letter_index(answer, options)) is not None:
+        return {"options": options, "answer": str(letter)}
+    if text is None:
+        if by_number is None:
+            raise RowError(f"the answer {answer!r} is not one of the options {options}")
+        if options.count(dict(enumerate(options)).get(by_number, "")) > 1:
             raise RowError(f"the answer {answer!r} is more than one of the options {options}")
-    return {"options": options, "answer": str(index)}
+    elif by_number not in range(len(options)):
+        by_number = None
+    readings[number] = _Reading(answer, options, text, by_number)
+    return {"options": options, "answer": str(by_number if text is None else text)}
 
 
 def _split_options(cell: str, answer: str) -> list[str]:
@@ -169,35 +185,68 @@ def _split_options(cell: str, answer: str) -> list[str]:
     return options
 
 
-def _option_index(answer: str, options: list[str]) -> tuple[int, bool]:
-    """The 0-based index of the option that is meant, and whether it was given as a number."""
-    # the text comes first: among options that are numbers "2" means the option 2
+def _text_index(answer: str, options: list[str]) -> int | None:
     for texts, text in ((options, answer), ([*map(folded, options)], folded(answer))):
         if texts.count(text) > 1:
             raise RowError(f"the answer {answer!r} is more than one of the options {options}")
         if text in texts:
-            return texts.index(text), False
+            return texts.index(text)
+    return None
+
+
+def _letter_index(answer: str, options: list[str]) -> int | None:
     letter = re.fullmatch(r"\(?([a-z])[).:]?", answer.lower())
     if letter and not any(len(option) == 1 and option.isalpha() for option in options):
         index = ord(letter[1]) - ord("a")
-        if index < len(options):
-            return index, False
+        return index if index < len(options) else None
+    return None
+
+
+def _letter(index: int, options: list[str]) -> str:
+    """The letter by which an option can be named; "" where letters name none."""
+    letter = chr(ord("A") + index)
+    return letter if _letter_index(letter, options) == index else ""
+
+
+def _number(answer: str) -> int | None:
     try:
-        return int(whole_number(answer, "")), True
+        return int(whole_number(answer, ""))
     except RowError:
-        raise RowError(f"the answer {answer!r} is not one of the options {options}") from None
+        return None
 
 
-def _of_unknown_origin(indices: dict[int, tuple[int, int]]) -> dict[int, str]:
+def _of_unknown_origin(readings: dict[int, _Reading]) -> dict[int, str]:
     """Reasons to leave out answers that are numbers: several of them and no 0, as where somebody counts from 1."""
-    if len(indices) < 2 or any(index == 0 for index, _ in indices.values()):
+    indices = {row: reading for row, reading in readings.items() if reading.text is None}
+    if len(indices) < 2 or any(reading.number == 0 for reading in indices.values()):
         return {}
-    from_one = any(index == number for index, number in indices.values())
+    from_one = any(reading.number == len(reading.options) for reading in indices.values())
     seen = "one is the number of options" if from_one else "nothing tells it from a count that begins with 1"
     reason = (
         f"the answers that are option numbers count from 0, but none of these is 0 and {seen}: write the option's text"
     )
     return dict.fromkeys(indices, reason)
+
+
+def _text_or_number(readings: dict[int, _Reading]) -> dict[int, str]:
+    """Reasons to leave out answers that are one option's text and another's number, unless all of them are texts.
+
+    That they are is told by one that cannot be a number, where none must be.
+    """
+    if any(reading.number is None for reading in readings.values()) and all(
+        reading.text is not None for reading in readings.values()
+    ):
+        return {}
+    reasons = {}
+    for row, (answer, options, text, number) in readings.items():
+        if None not in (text, number) and text != number:
+            letters = [_letter(index, options) for index in (text, number)]
+            way = f"its letter ({' or '.join(letters)})" if all(letters) else "the options in words"
+            reasons[row] = (
+                f"the answer {answer!r} may be the option {options[text]!r} or, counted from 0, number {number}, which "
+                f"is {options[number]!r}: write {way}"
+            )
+    return reasons
 
 
 def _contradictory(kept: dict[int, dict[str, Any]], path: Path) -> dict[int, str]:
@@ -260,9 +309,9 @@ def _hold_out(gifs: pd.Series, holdout: float, seed: int, rejects: Sequence[tupl
 def write_own_gifs_csv(questions: pd.DataFrame, path: str | Path) -> None:
     """Write a question table as the CSV that `load` reads; replaces `path` in one step.
 
-    `split` and `type` are written where the table has them. TGIF-QA's count 0, its code for once, is written as 1. A
-    GIF's name gets the ending .gif if it has none. Raises `CorpusError` if an option holds a vertical bar or a column
-    is missing.
+    `split` and `type` are written where the table has them. TGIF-QA's count 0, its code for once, is written as 1, and
+    an answer that is a number among options by its letter. A GIF's name gets the ending .gif if it has none. Raises
+    `CorpusError` if an option holds a vertical bar or a column is missing.
     """
     missing = [column for column in COLUMNS if column not in questions.columns]
     further = [column for column in ("split", "type") if column in questions.columns]
@@ -278,4 +327,6 @@ def write_own_gifs_csv(questions: pd.DataFrame, path: str | Path) -> None:
             gif = row.gif if PurePosixPath(row.gif).suffix.lower() == ".gif" else f"{row.gif}.gif"
             options, more = "|".join(row.options), (getattr(row, column) for column in further)
             answer = "1" if row.task == "count" and row.answer == "0" else row.answer
+            if row.task in MULTIPLE_CHOICE and _number(answer) not in (None, row.options.index(answer)):
+                answer = _letter(row.options.index(answer), row.options) or answer
             writer.writerow([gif, row.task, row.question, answer, options, *more])

@@ -24,6 +24,7 @@ from helpers.training.checkpoints import (
     HISTORY,
     STATE,
     TENSORS,
+    CheckpointError,
     commit_checkpoint,
     find_checkpoint,
     load_tensors,
@@ -229,6 +230,14 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_tensors(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            moments = self.optimizer.state_dict()["state"].items()
+            tensors = {f"{number}.{name}": tensor for number, state in moments for name, tensor in state.items()}
+            advice = f"delete {checkpoint} to go on from the one before it"
+            require_finite(tensors, Path(checkpoint) / "optimizer.pt", advice, CheckpointError)
 
 
 @torch.no_grad()

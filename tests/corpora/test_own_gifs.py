@@ -1,6 +1,7 @@
 """Own GIFs: the CSV format, its rejects, the hold-out, and writing it."""
 
 import csv
+import re
 import types
 import unicodedata
 
@@ -63,9 +64,52 @@ def test_rows_of_every_task(gifs):
     assert corpus.gifs == {name: str(gifs / name) for name in ("cat.gif", "dog.gif", "sub/fox.gif")}
 
 
-def test_a_number_among_numeric_options_is_their_text(gifs):
-    path = write(gifs, HEADER, "cat.gif,action,How ?,2,3|2|1", "dog.gif,action,How ?,0,3|2|1")
-    assert own_gifs.load(gifs, path, holdout=0).questions.label.tolist() == [1, 0]
+@pytest.mark.parametrize(
+    ("rows", "kept", "left_out"),
+    [
+        (["3 of 1|2|3|4|5", "5 of 1|2|3|4|5"], ["3", "5"], []),  # there is no number 5: they are texts
+        (["3 of 1|2|3|4|5", "nod of nod|run"], ["3", "nod"], []),
+        (["3 of 1|2|3|4|5", "1 of 1|2|3|4|5"], [], [0, 1]),
+        (["3 of 1|2|3|4|5", "0 of 1|2|3|4|5"], ["1"], [0]),  # there is no text 0: numbers are in use
+        (["3 of 1|2|3|4|5", "0 of sit|nod", "run of nod|run"], ["sit", "run"], [0]),
+        (["2 of 3|2|1", "nod of nod|run", "0 of nod|run"], ["nod", "nod"], [0]),
+        (["1 of 3|1|2", "2 of 0|1|2|3"], ["1", "2"], []),  # both readings agree
+        (["1 of 3|1|2", "2 of 3|1|2", "0 of a1|b1"], ["1", "2", "a1"], []),
+        (["C of 1|2|3|4|5", "D of 1|2|3|4|5", "0 of sit|nod"], ["3", "4", "sit"], []),  # as the reason says
+        (["3.0 of 1.0|2.0|3.0|4.0"], [], [0]),
+        (["2 of a|2|1"], [], [0]),
+    ],
+)
+def test_a_number_that_is_one_options_text_and_anothers_number(gifs, rows, kept, left_out):
+    lines = [
+        CHOICE.format(n=n, answer=row.split(" of ")[0], options=row.split(" of ")[1]) for n, row in enumerate(rows)
+    ]
+    corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines, "dog.gif,frameqa,who ?,dog,"), holdout=0)
+    assert corpus.questions.answer.tolist() == [*kept, "dog"]
+    assert corpus.rejects["where"].tolist() == [f"qa.csv row {2 + number}" for number in left_out]
+
+
+@pytest.mark.parametrize(
+    ("options", "way"), [("1|2|3|4|5", r"its letter \(C or D\)"), ("1|2|3|4|a", "the options in words")]
+)
+def test_the_way_to_write_such_an_answer_is_told(gifs, options, way):
+    path = write(gifs, HEADER, CHOICE.format(n=0, answer="3", options=options), "dog.gif,frameqa,who ?,dog,")
+    [reason] = own_gifs.load(gifs, path, holdout=0).rejects.reason
+    assert re.fullmatch(
+        f"the answer '3' may be the option '3' or, counted from 0, number 3, which is '4': write {way}", reason
+    )
+
+
+def test_an_option_that_is_a_number_comes_back_as_it_was_written(gifs, tmp_path):
+    rows = [("how many ?", "3", "1|2|3|4|5"), ("how few ?", "1", "3|2|1"), ("what ?", "0", "1|0|2")]
+    table = []
+    for question, text, joined in rows:
+        options = joined.split("|")
+        row = {"question_id": question, "gif": "cat.gif", "split": "train", "task": "action", "question": question}
+        table.append(corpora.question_row(**row, answer=str(options.index(text)), options=options))
+    own_gifs.write_own_gifs_csv(corpora.question_table(table), tmp_path / "qa.csv")
+    read = own_gifs.load(gifs, tmp_path / "qa.csv", holdout=0)
+    assert read.questions.answer.tolist() == [text for _, text, _ in rows]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +310,7 @@ CHOICE = "cat.gif,action,what {n} ?,{answer},{options}"
         ("spin", '"jump,spin,blink"', "spin"),
         ("c", '"jump, spin, blink"', "blink"),
         ("1", "jump;spin;blink", "spin"),
-        ("2", '"1,2,3"', "2"),
+        ("3", '"1,2,3"', "3"),
         ('"a, b"', '"a, b|c, d"', "a, b"),  # bars come before commas
     ],
 )

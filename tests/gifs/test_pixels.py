@@ -270,7 +270,7 @@ def test_videos_give_their_frames_and_times_where_pyav_is_installed(container, c
 def test_videos_without_pyav_are_told_the_command(monkeypatch):
     monkeypatch.setattr(kinds.importlib.util, "find_spec", lambda name: None)
     for start in (b"\0\0\0\x18ftypmp42", b"\x1aE\xdf\xa3\x01"):
-        with pytest.raises(GifRejected, match=r"video .*ffmpeg -i FILE FILE\.gif.*pip install av"):
+        with pytest.raises(GifRejected, match=r"video .*ffmpeg -i FILE FILE\.gif.*pip install av, .*--force"):
             decode(start, image_size=8)
 
 

@@ -436,6 +436,10 @@ def test_impossible_inputs_are_refused(llama, build, tiny_gpt2_dir):
     with pytest.raises(BundleError, match="other-encoder"):
         llama.check_features("other-encoder")
     llama.check_features(llama.encoder_key)
+    name, _, content = llama.encoder_key.partition("|")
+    llama.check_features(f"moved/{name}|{content}")
+    with pytest.raises(BundleError, match="another"):
+        llama.check_features(llama.encoder_key.replace(content.split("|")[2], "another"))
 
 
 @pytest.mark.parametrize("name", ["c_attn", "proj"])

@@ -1,5 +1,6 @@
 """Batches, collator, optimizer groups, checkpoints, deadline and resume, on a toy model that learns in a second."""
 
+import hashlib
 import inspect
 import json
 import math
@@ -640,6 +641,24 @@ def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_read(tmp_path, w
         CheckpointError, match=rf"{path / training.TENSORS} .*not finite.* in mit\.bias: delete {path} "
     ):
         training.load_tensors(ToyModel(), path)
+
+
+def test_an_optimizers_state_that_is_not_finite_is_not_gone_on_with(tmp_path, world, monkeypatch):
+    questions, features, _ = world
+    world = (questions, features, toy_config(checkpoint_minutes=1e-9))
+    restore = crash_at(monkeypatch, 4)
+    with pytest.raises(Stop):
+        run(tmp_path, world)
+    restore()
+    path = newest(tmp_path)
+    state = torch.load(path / "optimizer.pt", weights_only=True)
+    state["state"][1]["exp_avg_sq"].view(-1)[0] = math.inf
+    torch.save(state, path / "optimizer.pt")
+    info = json.loads((path / training.META).read_text())
+    info["files"]["optimizer.pt"] = hashlib.sha256((path / "optimizer.pt").read_bytes()).hexdigest()
+    (path / training.META).write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match=rf"optimizer\.pt .*not finite.* in 1\.exp_avg_sq: delete {path} "):
+        run(tmp_path, world)
 
 
 def test_logs_and_folder(tmp_path, world, capsys):

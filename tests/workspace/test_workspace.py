@@ -540,3 +540,17 @@ def test_a_file_never_takes_the_place_of_a_folder_nor_the_other_way_round(tmp_pa
     with pytest.raises(OSError, match="kept"), disk.whole(tmp_path / "here" / "kept") as temporary:
         temporary.mkdir()
     assert (tmp_path / "here" / "kept").read_text() == "x" and len(list(tmp_path.rglob("*"))) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_link_in_a_targets_place_points_to_is_left_alone(kind, tmp_path):
+    kept, made, target = tmp_path / "kept", tmp_path / "made", tmp_path / "out" / "target"
+    target.parent.mkdir()
+    for path, content in ((kept, "old"), (made, "new")):
+        if kind == "folder":
+            path.mkdir()
+        (path / "a.txt" if kind == "folder" else path).write_text(content)
+    target.symlink_to(kept)
+    disk.put_in_place(made, target)
+    told = [(path / "a.txt" if kind == "folder" else path).read_text() for path in (kept, target)]
+    assert told == ["old", "new"] and not target.is_symlink() and [*target.parent.iterdir()] == [target]

@@ -35,7 +35,15 @@ from helpers.models.language import (
 )
 from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, require_finite
 from helpers.models.text import answer_tokens, prompt_tokens, start_token
-from helpers.models.xclip import FrameEncoder, MaskedMIT, additive_mask, encoder_identity, load_xclip, portable_name
+from helpers.models.xclip import (
+    FrameEncoder,
+    MaskedMIT,
+    additive_mask,
+    encoder_identity,
+    load_xclip,
+    portable_name,
+    same_encoder,
+)
 from helpers.workspace.disk import whole
 from helpers.workspace.machine import device as default_device
 from helpers.workspace.weights import find_model
@@ -130,7 +138,7 @@ class GifQAModel(nn.Module):
 
     def check_features(self, encoder_key: str) -> None:
         """Raise BundleError, naming both, when features of `encoder_key` are not the ones this model was made for."""
-        if self.video and encoder_key != self.encoder_key:
+        if self.video and not same_encoder(encoder_key, self.encoder_key):
             raise BundleError(
                 f"this model takes features of the encoder {self.encoder_key}, but these are of {encoder_key}; cache "
                 "features with the model's own encoder, or train a bundle on these"
