@@ -11,11 +11,20 @@ A question is one row of `QUESTION_COLUMNS`:
     answer       str        text of the right option; count: the raw label as text; frameqa: the word
     label        int        index of the right option; count: the raw label (0 is the code for "once"); frameqa: -1
     type         str        frameqa: one of `tasks.TYPES`; empty for the other tasks
+
+A caption, a sentence about a GIF, is one row of `CAPTION_COLUMNS`:
+
+    caption_id   str        the GIF's name and a running number
+    gif          str        as above
+    split        str        that of the GIF
+    caption      str        with single spaces
+    facts        list[str]  what the caption states; empty where that is unknown
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +33,11 @@ from typing import Any
 import pandas as pd
 
 from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, question_form
-from helpers.workspace.names import shown
+from helpers.workspace.names import shown, visible
 
 SPLITS = ("train", "test")
 QUESTION_COLUMNS = ["question_id", "gif", "split", "task", "question", "options", "answer", "label", "type"]
+CAPTION_COLUMNS = ["caption_id", "gif", "split", "caption", "facts"]
 REJECT_COLUMNS = ["item", "where", "reason"]
 
 
@@ -42,9 +52,29 @@ class RowError(ValueError):
     """One question that cannot be used; its message is the reason in the table of rejects."""
 
 
+def caption_text(text: str) -> str:
+    """A caption without invisible characters, with single spaces; raises `RowError` for one that is empty or broken."""
+    if "\0" in text or "\ufffd" in text:
+        raise RowError("the caption is not whole: it holds NUL characters or bytes that are no text")
+    if not (caption := visible(text)):
+        raise RowError("the caption is empty")
+    return caption
+
+
+def caption_table(captions: Iterable[tuple[str, str, str, Sequence[str]]] = ()) -> pd.DataFrame:
+    """The table of these captions: GIF, split, caption and facts of each; what is told of a GIF twice is kept once."""
+    rows: dict[tuple[str, str], list[Any]] = {}
+    told: Counter[str] = Counter()
+    for gif, split, caption, facts in captions:
+        if (gif, caption) not in rows:
+            told[gif] += 1
+            rows[gif, caption] = [f"{gif}-{told[gif]}", gif, split, caption, list(facts)]
+    return pd.DataFrame(rows.values(), columns=CAPTION_COLUMNS, dtype=object)
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Questions, and where the GIFs they ask about are found."""
+    """Questions, captions, and where the GIFs they are about are found."""
 
     name: str
     questions: pd.DataFrame
@@ -57,6 +87,10 @@ class Corpus:
     """Rows that the files of questions hold, those left out too."""
     asked: dict[str, int] = field(default_factory=dict)
     """Task -> its test questions, those too that are left out: what a score's coverage is measured by."""
+    captions: pd.DataFrame = field(default_factory=caption_table)
+    """One row a caption: `CAPTION_COLUMNS`."""
+    told: int = 0
+    """Captions that the files hold, those left out too."""
 
 
 def question_row(
