@@ -169,7 +169,8 @@ def _captions(
     if unasked:
         what = f"{len(unasked):,} captions, this the first, are of GIFs that no question is left about"
         rejects.append((*unasked[0], f"{what}: left out"))
-    return caption_table(kept), len(rows)
+    captions = caption_table(kept)
+    return captions, len(captions) + len(rows) - len(kept)
 
 
 def _question_files(folder: Path, rejects: list[tuple[str, str, str]]) -> list[_File]:
