@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from helpers import corpora
+from helpers.config import load_profile
 from helpers.corpora import own_gifs
 from helpers.corpora.schema import CorpusError
 from helpers.gifs.decode import read_gif
@@ -535,12 +536,12 @@ def test_what_is_left_out_is_one_line(gifs):
         ",,,,",
     ]
     corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines), holdout=0)
-    questions = corpus.questions
-    assert corpora.left_out(corpus, questions, corpus.gifs) == "1 of 4 rows and 0 GIFs left out: rejects.parquet"
+    questions, none = corpus.questions, corpus.captions
+    assert corpora.left_out(corpus, questions, none, corpus.gifs) == "1 of 4 rows and 0 GIFs left out: rejects.parquet"
     without_dog = questions[questions.gif != "dog.gif"]
-    assert corpora.left_out(corpus, without_dog, corpus.gifs) == "3 of 4 rows and 1 GIF left out: rejects.parquet"
+    assert corpora.left_out(corpus, without_dog, none, corpus.gifs) == "3 of 4 rows and 1 GIF left out: rejects.parquet"
     corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines[:3]), holdout=0)
-    assert corpora.left_out(corpus, corpus.questions, corpus.gifs) == "nothing left out of 3 rows"
+    assert corpora.left_out(corpus, corpus.questions, none, corpus.gifs) == "nothing left out of 3 rows"
 
 
 def profile(corpus):
@@ -585,3 +586,111 @@ def test_natural_gifs(shared_data):
     test_gifs = set(corpus.questions.gif[corpus.questions.split == "test"])
     assert len(test_gifs) == round(0.2 * written.gif.nunique())
     assert not test_gifs & set(corpus.questions.gif[corpus.questions.split == "train"])
+
+
+def told(corpus):
+    return {tuple(row) for row in corpus.captions[["gif", "split", "caption"]].to_numpy().tolist()}
+
+
+def test_captions_in_a_column_and_in_rows_of_their_own(gifs):
+    path = write(
+        gifs,
+        HEADER + ",Caption",
+        "cat.gif,frameqa,what color is the cat ?,black,,a  black cat\u200b jumps",
+        "cat.gif,count,How many times does the cat jump ?,3,,a black cat jumps",  # as a sheet repeats it
+        "CAT,caption,,,,it sits",
+        "sub/fox,,,,,a fox",
+        "dog.gif,frameqa,what ?,dog,,",
+        "dog.gif,count,How many ?,eleven,,a dog",  # a bad answer makes no bad caption
+        "dog.gif,frameqa,what ?",
+    )
+    corpus = own_gifs.load(gifs, path, holdout=0)
+    assert told(corpus) == {
+        ("cat.gif", "train", "a black cat jumps"),
+        ("cat.gif", "train", "it sits"),
+        ("sub/fox.gif", "train", "a fox"),
+        ("dog.gif", "train", "a dog"),
+    }
+    assert corpus.captions.caption_id.tolist() == ["cat.gif-1", "cat.gif-2", "sub/fox.gif-1", "dog.gif-1"]
+    assert corpus.questions.question_id.tolist() == ["qa-2", "qa-3", "qa-6"] and corpus.rows == 5 and corpus.told == 4
+    assert corpus.gifs == {name: str(gifs / name) for name in ("cat.gif", "dog.gif", "sub/fox.gif")}
+    assert corpus.rejects["where"].tolist() == ["qa.csv row 7", "qa.csv row 8"]
+    listed = corpora.left_out(corpus, corpus.questions, corpus.captions, corpus.gifs)
+    assert listed == "2 of 5 rows and 0 GIFs left out: rejects.parquet"
+    short = corpora.left_out(corpus, corpus.questions, corpus.captions.head(2), corpus.gifs)
+    assert short == "2 of 5 rows, 2 of 4 captions and 1 GIF left out: rejects.parquet"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("bird.gif,caption,,,,a bird", "there is no such GIF in the folder gifs"),
+        ("cat.gif,caption,,,,\u200b ", "the caption is empty"),
+        ("cat.gif,,,,,", "the caption is empty"),
+        ("cat.gif,caption,,a cat sits,,", "has its text in the column caption, and no question or answer"),
+        ("cat.gif,captoin,,,,a cat", "unknown task 'captoin'.*did you mean caption"),
+        ("cat.gif,,what ?,cat,,a cat", "unknown task ''"),
+        ("cat.gif,caption,,,,a \0 cat", "holds NUL characters"),
+    ],
+)
+def test_a_caption_that_cannot_be_used_is_listed(gifs, row, reason):
+    path = write(gifs, HEADER + ",caption", "cat.gif,frameqa,what ?,cat,,a cat", row, "dog.gif,frameqa,what ?,dog,,")
+    corpus = own_gifs.load(gifs, path, holdout=0)
+    assert told(corpus) == {("cat.gif", "train", "a cat")} and len(corpus.questions) == 2
+    assert corpus.rejects["where"].tolist() == ["qa.csv row 3"]
+    assert corpus.rejects.reason.str.contains(reason).all()
+
+
+def test_captions_without_their_column_or_without_questions(gifs):
+    path = write(gifs, HEADER, "cat.gif,frameqa,what ?,cat,", "cat.gif,caption,,,")
+    with pytest.raises(CorpusError, match=r"qa\.csv: row 3 is of the task caption, but there is no column caption"):
+        own_gifs.load(gifs, path)
+    path = write(gifs, HEADER + ",caption", "cat.gif,caption,,,,a cat")
+    with pytest.raises(CorpusError, match=r"No usable question is left of .*qa\.csv\. No row has a question\."):
+        own_gifs.load(gifs, path)
+
+
+def with_captions(gifs, count):
+    for number in range(count):
+        (gifs / f"g{number}.gif").touch()
+    asked = [f"g{number},frameqa,what ?,it,,g{number} shown" for number in range(count // 2)]
+    return asked, [f"g{number},,,,,g{number} shown" for number in range(count // 2, count)]
+
+
+@pytest.mark.parametrize(("holdout", "asked_test", "told_test"), [(0, 0, 0), (0.2, 4, 8), (1, 20, 40)])
+def test_captions_are_in_the_split_of_their_gif(gifs, holdout, asked_test, told_test):
+    asked, only = with_captions(gifs, 40)
+    corpus = own_gifs.load(gifs, write(gifs, HEADER + ",caption", *asked, *only), holdout=holdout)
+    splits = dict(zip(corpus.questions.gif, corpus.questions.split, strict=True))
+    assert all(splits.get(gif, split) == split for gif, split, _ in told(corpus)) and len(told(corpus)) == 40
+    assert (corpus.questions.split == "test").sum() == asked_test
+    assert (corpus.captions.split == "test").sum() == told_test
+    # captions of further GIFs change nothing for the questions, nor does the order of the rows
+    alone = own_gifs.load(gifs, write(gifs, HEADER, *(row[: row.rindex(",")] for row in asked)), holdout=holdout)
+    assert dict(zip(alone.questions.gif, alone.questions.split, strict=True)) == splits
+    turned = own_gifs.load(gifs, write(gifs, HEADER + ",caption", *only[::-1], *asked), holdout=holdout)
+    assert told(turned) == told(corpus)
+
+
+def test_a_split_column_decides_for_captions_and_a_test_gif_stays_one(gifs):
+    path = write(
+        gifs,
+        HEADER + ",caption,split",
+        "cat.gif,frameqa,what ?,cat,,,train",
+        "cat.gif,caption,,,,a cat,",  # of its GIF
+        "sub/fox.gif,caption,,,,a fox,test",
+        "sub/fox.gif,frameqa,what ?,fox,,a fox runs,train",
+        "dog.gif,caption,,,,a dog,valid",
+    )
+    profile = load_profile("tiny", {"data.corpus": "own_gifs"})
+    corpus = corpora.load(profile, folder="", gifs=gifs, qa=path)
+    assert told(corpus) == {
+        ("cat.gif", "train", "a cat"),
+        ("sub/fox.gif", "test", "a fox"),
+        ("sub/fox.gif", "test", "a fox runs"),
+    }
+    assert corpus.questions.gif.tolist() == ["cat.gif"] and set(corpus.gifs) == {"cat.gif", "sub/fox.gif"}
+    assert corpus.rejects.reason.tolist() == [
+        "unknown split 'valid'; the splits are train, test",
+        "also a test GIF: its 1 training questions are left out",
+    ]

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from helpers.corpora import shapes
+from helpers.config import load_profile
+from helpers.corpora import load, shapes
 from helpers.corpora.captions import describe_in_detail, holds, world_captions
 from helpers.corpora.shapes import Scene
 
@@ -157,3 +158,11 @@ def test_wording_varies_and_comes_from_the_seed_alone(scenes):
     for level, least in enumerate((3, 3, 3, 6, 6)):
         frames = {re.sub(rf"\b({told})\b", "_", describe_in_detail(scene)[level][0]) for scene in scenes}
         assert len(frames) >= least
+
+
+def test_the_world_that_is_loaded_has_captions_of_every_gif(tmp_path):
+    profile = load_profile("tiny", {"shapes.train": 4, "shapes.test": 2})
+    corpus = load(profile, folder=tmp_path)
+    splits = dict(zip(corpus.questions.gif, corpus.questions.split, strict=True))
+    assert corpus.captions.groupby(["gif", "split"]).size().to_dict() == dict.fromkeys(splits.items(), 5)
+    assert corpus.told == 30 and corpus.captions.facts.map(len).min() == 2
