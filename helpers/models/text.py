@@ -27,6 +27,12 @@ def _controls(tokenizer: Any, size: int) -> dict[int, str]:
     return found | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
+@lru_cache(maxsize=64)
+def _ids_around(tokenizer: Any, size: int, around: tuple[str, ...]) -> list[int]:
+    """Token ids of what stands around a text, part by part: the same for all questions."""
+    return [number for part in around for number in tokenizer(part, add_special_tokens=False).input_ids]
+
+
 def text_tokens(tokenizer: Any, text: str, around: Sequence[str] = ("", "")) -> list[int]:
     """Token ids of what is `around` with the text in its gaps, without BOS and EOS.
 
@@ -39,7 +45,7 @@ def text_tokens(tokenizer: Any, text: str, around: Sequence[str] = ("", "")) -> 
         controls = {number: name for number, name in controls.items() if number != tokenizer.unk_token_id}
     if controls.keys().isdisjoint(ids):
         return ids
-    ours = [number for part in around for number in tokenizer(part, add_special_tokens=False).input_ids]
+    ours = _ids_around(tokenizer, len(tokenizer), tuple(around))
     if [number for number in ids if number in controls] == [number for number in ours if number in controls]:
         return ids
     names = sorted(controls.values(), key=len, reverse=True)

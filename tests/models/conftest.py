@@ -5,7 +5,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from helpers.models.gif_qa.model import GifQAModel
-from tests.models.chats import FAMILIES, save_chat_model
 
 
 @pytest.fixture(scope="session")
@@ -30,19 +29,6 @@ def tiny_gpt2_dir(tmp_path_factory, tiny_llama_dir):
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def chat_dir(tmp_path_factory, tiny_llama_dir):
-    """The folder of a random checkpoint of one of the `FAMILIES` of chat templates, made once."""
-
-    def make(name: str):
-        folder = tmp_path_factory.getbasetemp() / f"tiny-{name}"
-        if not folder.is_dir():
-            save_chat_model(tiny_llama_dir, FAMILIES[name], folder)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from helpers.models.gif_qa import GifQA, GifQAModel, Window, load_bundle
 from helpers.models.language import load_language_model
 from helpers.models.parts import BundleError
 from helpers.models.text import answer_tokens, prompt_tokens
-from tests.models.chats import FAMILIES, chat_tokenizer
+from tests.chats import FAMILIES, chat_tokenizer
 
 QUESTION, OPTIONS = "what color is the circle ?", ["red", "a blue star"]
 PROMPT = "Question: {question}\nAnswer:"

@@ -28,7 +28,7 @@ from helpers.models.parts import BundleError
 from helpers.models.xclip import FrameEncoder
 from helpers.store.frames import FrameTable
 from helpers.store.shards import shard_gifs
-from tests.models.chats import FAMILIES
+from tests.chats import FAMILIES
 
 QUESTIONS = ["what color is the circle ?", "how many times does the square jump ?", "who ?"]
 ANSWERS = ["red", "10", "a small blue star"]
