@@ -121,6 +121,7 @@ class LanguageModelConfig(Section):
     lora_alpha: Positive
     lora_dropout: Annotated[Float, Field(ge=0, lt=1)]
     target_modules: Annotated[list[str], Field(min_length=1)]
+    chat: Annotated[bool, Key(before=False)] = False
 
     @model_validator(mode="after")
     def _prompt_has_a_question(self) -> "LanguageModelConfig":

@@ -54,7 +54,7 @@ class StageSpec(BaseModel):
     default: bool = True
     always: bool = False
     overview: str = ""  # heading under which it shows how far the run is: the report draws that anew
-    prompt: str = ""  # profile key of the prompt that the report shows
+    prompt: str = ""  # metric that is the prompt which the report shows
     gpu: bool = False
     probe: bool = False
     epochs: list[str] = Field(default_factory=list)  # profile keys that count its passes over what it trains on

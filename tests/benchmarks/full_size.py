@@ -197,6 +197,7 @@ def training_steps(folder: Path, shapes: Shapes, quantisation: str) -> dict[str,
         "encoder.model": str(folder / "xclip"),
         "language_model.model": str(folder / "llama"),
         "language_model.quantisation": quantisation,
+        "language_model.chat": False,  # the tiny tokenizer has no template
         "training.tokens_per_step": ROWS * TOKENS,
         "training.epochs": 1,
         "training.checkpoint_minutes": 600.0,

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from helpers.models.parts import BundleError
 from helpers.models.xclip import FrameEncoder
 from helpers.store.frames import FrameTable
 from helpers.store.shards import shard_gifs
+from tests.chats import FAMILIES
 
 QUESTIONS = ["what color is the circle ?", "how many times does the square jump ?", "who ?"]
 ANSWERS = ["red", "10", "a small blue star"]
@@ -43,6 +45,7 @@ VARIANTS = {
         "language_model__target_modules": ["all-linear"],
     },
     "blind": {"video": False},
+    "chat": {"language_model__chat": True},
 }
 
 
@@ -52,9 +55,11 @@ def variant(request):
 
 
 @pytest.fixture(scope="module")
-def build(make_model, tiny_gpt2_dir):
+def build(make_model, tiny_gpt2_dir, chat_dir):
     def make(variant, **more):
         options = VARIANTS[variant] | more
+        if options.get("language_model__chat"):
+            options["language_model__model"] = str(chat_dir("gemma"))
         if options.pop("gpt2", False):
             options["language_model__model"] = str(tiny_gpt2_dir)
         return make_model(**options)
@@ -93,16 +98,18 @@ def prompts(model: GifQAModel) -> list[list[int]]:
 
 
 def embed_alone(model: GifQAModel, text: list[int], frames: torch.Tensor) -> torch.Tensor:
-    """Embeddings [1, S, H] of one sequence built by hand: BOS, each group's valid video tokens, the other tokens."""
+    """Embeddings [1, S, H] of one sequence built by hand: its head, each group's valid video tokens, other tokens."""
     words = model.language_model.get_input_embeddings()(torch.tensor(text))
-    parts = [words[:1]]
+    chat = model.profile.language_model.chat
+    head = len(model.tokenizer.tokenize(FAMILIES["gemma"].head)) if chat else 1
+    parts = [words[:head]]
     for group in frames.split(16) if model.video else []:
         if len(group):
             padded, mask = torch.zeros(1, 16, 32), torch.arange(16)[None] < len(group)
             padded[0, : len(group)] = group
             tokens, token_mask = model.connector(padded, *model.mit(padded, mask), mask)
             parts.append(tokens[token_mask])
-    return torch.cat([*parts, words[1:]])[None]
+    return torch.cat([*parts, words[head:]])[None]
 
 
 def log_probs_alone(model: GifQAModel, prompt: list[int], answer: list[int], frames: torch.Tensor) -> torch.Tensor:
@@ -214,9 +221,10 @@ def test_gradient_checkpointing_changes_no_gradient(build, name):
             torch.testing.assert_close(parameter.grad, gradients[n])
 
 
-def test_training_lowers_the_loss_of_video_dependent_answers(build):
+@pytest.mark.parametrize("name", ["llama", "chat"])
+def test_training_lowers_the_loss_of_video_dependent_answers(build, name):
     """Same question, different GIFs, different answers: only a model that reads the video tokens can fit them."""
-    model = build("llama").train()
+    model = build(name).train()
     inputs = batch(model)
     prompt, answers = model.encode_prompt(QUESTIONS[0]), [model.encode_answer(a) for a in ("1", "2", "3")]
     inputs["input_ids"] = torch.tensor([prompt + answer for answer in answers])
@@ -301,10 +309,12 @@ def test_build_is_repeatable_and_leaves_the_random_state_alone(make_profile):
 def greedy_alone(model: GifQAModel, prompt: list[int], frames: torch.Tensor) -> str:
     """Greedy decoding by hand: the whole sequence again for every token, no cache, no padding."""
     tokens: list[int] = []
+    told = ["</turn>", "<eos>", "<|eos|>"] if model.profile.language_model.chat else [model.tokenizer.eos_token]
+    ends = model.tokenizer.convert_tokens_to_ids(told)
     for _ in range(gif_qa.MAX_NEW_TOKENS):
         logits = model.language_model(inputs_embeds=embed_alone(model, prompt + tokens, frames)).logits
         token = int(logits[0, -1].argmax())
-        if token == model.tokenizer.eos_token_id:
+        if token in ends:
             break
         tokens.append(token)
     return model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -453,12 +463,12 @@ def test_target_modules_that_the_model_lacks_are_named(make_model, name):
 
 def reload(model: GifQAModel, folder, dirs) -> GifQAModel:
     model.save_bundle(folder, {"metrics": {"loss": 1.5}})
-    return load_bundle(folder, language_model=str(dirs[model.language_model.config.model_type]))
+    return load_bundle(folder, language_model=str(dirs[Path(model.profile.language_model.model).name]))
 
 
 @pytest.fixture(scope="module")
-def dirs(tiny_llama_dir, tiny_gpt2_dir):
-    return {"llama": tiny_llama_dir, "gpt2": tiny_gpt2_dir}
+def dirs(tiny_llama_dir, tiny_gpt2_dir, chat_dir):
+    return {folder.name: folder for folder in (tiny_llama_dir, tiny_gpt2_dir, chat_dir("gemma"))}
 
 
 @torch.no_grad()
@@ -475,7 +485,7 @@ def test_saved_and_reloaded_model_has_identical_logits(model, tmp_path, dirs):
 @torch.no_grad()
 def test_stock_peft_loads_the_adapter(model, tmp_path, dirs):
     folder = model.save_bundle(tmp_path / "bundle")
-    path = str(dirs[model.language_model.config.model_type])
+    path = str(dirs[Path(model.profile.language_model.model).name])
     base, _ = load_language_model(model.profile.language_model, torch.device("cpu"), path)
     ids = torch.arange(3, 40)[None]
     untrained = base(ids).logits

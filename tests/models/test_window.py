@@ -39,18 +39,23 @@ CASES = [
 
 @pytest.mark.parametrize(("task", "split", "fields", "behind", "frames"), CASES)
 @pytest.mark.parametrize("in_prompt", [False, True])
-@pytest.mark.parametrize("kind", ["mlp", "qformer"])
-def test_the_longest_sequence_decides_to_the_token(make_profile, task, split, fields, behind, frames, in_prompt, kind):
+@pytest.mark.parametrize(("kind", "chat"), [("mlp", False), ("qformer", False), ("mlp", True)])
+def test_the_longest_sequence_decides_to_the_token(
+    make_profile, chat_dir, task, split, fields, behind, frames, in_prompt, kind, chat
+):
     """Counted from the texts by the stock tokenizer: with exactly that room a question is kept, with one less not."""
-    profile = make_profile(evaluation__options_in_prompt=in_prompt, connector__kind=kind)
+    model = {"language_model__model": str(chat_dir("gemma")), "language_model__chat": True} if chat else {}
+    profile = make_profile(evaluation__options_in_prompt=in_prompt, connector__kind=kind, **model)
     tokenizer = AutoTokenizer.from_pretrained(profile.language_model.model)
     question = "what color is the circle ? " * 9
     table = asked(task, question, split, **fields)
     listed = "\nOptions: " + "; ".join(fields["options"]) if in_prompt and "options" in fields else ""
-    text = f"<|bos|>Question: {question}{listed}\nAnswer:"
+    text = f"Question: {question}{listed}\nAnswer:"
+    text = f"<bos><turn>user\n{text}</turn>\n<turn>model\n" if chat else f"<|bos|>{text}"
+    space, end = ("", "</turn>") if chat else (" ", "<|eos|>")
     groups = (frames + 15) // 16
     needed = len(tokenizer.tokenize(text)) + (frames + groups if kind == "mlp" else 4 * groups)
-    needed += max(len(tokenizer.tokenize(f" {t}<|eos|>")) for t in behind) if behind else 24 + 1
+    needed += max(len(tokenizer.tokenize(f"{space}{t}{end}")) for t in behind) if behind else 24 + 1
     assert Window(tokenizer, needed, profile).too_long(table, FRAMES).empty
     found = Window(tokenizer, needed - 1, profile).too_long(table, FRAMES)
     assert found[["item", "where"]].values.tolist() == [["q", "short"]]

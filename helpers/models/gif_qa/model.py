@@ -1,6 +1,7 @@
 """GIF question answering: video tokens in front of a question, in a frozen language model with a trained adapter.
 
-A sequence is [BOS] [video tokens] [question] [answer EOS]; a blind model has no video tokens. Frame embeddings pass
+A sequence is [BOS] [video tokens] [question] [answer EOS]; in a chat, the template's tokens stand around these, and its
+own token ends the answer. A blind model has no video tokens. Frame embeddings pass
 X-CLIP's multi-frame transformer (MIT) and a connector; gradient flows into the adapter, the connector and, where the
 profile says so, the MIT. The bundle on disk holds these and nothing else.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from helpers.config import EvaluationConfig, Profile
 from helpers.corpora.tasks import require_finite_scores
+from helpers.models.chat import chat_format
 from helpers.models.connectors import build_connector
 from helpers.models.gif_qa.window import MAX_NEW_TOKENS, Window, window_size
 from helpers.models.language import (
@@ -78,6 +80,8 @@ class GifQAModel(nn.Module):
         self.connector = connector
         self.video = connector is not None
         self.start = start_token(tokenizer)
+        self.chat = chat_format(tokenizer, profile.language_model)
+        self.head = 1 if self.chat is None else len(self.chat.head)  # tokens of a prompt in front of the video
 
     @classmethod
     def build(cls, profile: Profile, device: torch.device | None = None, video: bool = True) -> GifQAModel:
@@ -95,6 +99,8 @@ class GifQAModel(nn.Module):
                 "identity": language_model_identity(language_model, tokenizer, folder),
             }
         }
+        if (chat := chat_format(tokenizer, profile.language_model)) is not None:
+            base["language_model"]["chat"] = chat.told()
         xclip = load_xclip(profile.encoder.model, profile.encoder.revision) if video else None
         if xclip is not None:
             base["encoder"] = {
@@ -157,11 +163,17 @@ class GifQAModel(nn.Module):
 
     def encode_prompt(self, question: str, options: Sequence[str] | None = None) -> list[int]:
         """Token ids of BOS and the prompt; options, where given, are listed behind the question."""
-        return prompt_tokens(self.tokenizer, self.profile.language_model.prompt, question, options)
+        return prompt_tokens(self.tokenizer, self.profile.language_model.prompt, question, options, self.chat)
 
     def encode_answer(self, answer: str) -> list[int]:
-        """Token ids of " answer" and the terminator (EOS); an empty answer is the terminator alone."""
-        return answer_tokens(self.tokenizer, answer)
+        """Token ids of an answer and the terminator; an empty answer is the terminator alone."""
+        return answer_tokens(self.tokenizer, answer, self.chat)
+
+    def text_of(self, prompt: Sequence[int], answer: Sequence[int] = ()) -> str:
+        """What the model reads, decoded from its token ids, with a mark where the video tokens stand."""
+        parts = prompt[: self.head], [*prompt[self.head :], *answer]
+        mark = "[video tokens]" if self.video else ""
+        return mark.join(self.tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts)
 
     # ---- Sequences ---------------------------------------------------------------------------------------------
 
@@ -196,15 +208,15 @@ class GifQAModel(nn.Module):
     def _sequence(
         self, input_ids: Tensor, attention_mask: Tensor, video: tuple[Tensor, Tensor] | None, left: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pack [BOS] [video tokens] [rest of the text] of each row without gaps.
+        """Pack [head of the text] [video tokens] [rest of the text] of each row without gaps.
 
         Returns embeddings [B, S, H], their mask [B, S], and `order` [B, S]: which column of input_ids each came from
         (negative: a video token). Padding is on the right, or with `left` on the left.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
-        # Sorting by rank puts BOS (0) first, then video (1), then text (2), with padding at one end; it is stable.
+        # Sorting by rank puts the head (0) first, then video (1), then text (2), with padding at one end; it is stable.
         padding = -1 if left else 3
-        rank = torch.where(attention_mask.cumsum(1) <= 1, 0, 2).masked_fill(attention_mask == 0, padding)
+        rank = torch.where(attention_mask.cumsum(1) <= self.head, 0, 2).masked_fill(attention_mask == 0, padding)
         if video is not None:
             tokens, mask = self._video_tokens(*video)
             embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)
@@ -278,7 +290,10 @@ class GifQAModel(nn.Module):
             num_beams=num_beams,
             num_return_sequences=returned,
         )
-        texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        ends = torch.tensor(self.language_model.get_base_model().generation_config.eos_token_id, device=tokens.device)
+        written = torch.isin(tokens, ends).cumsum(1) == 0  # a tokenizer need not call the end of a turn special
+        answers = [row[own].tolist() for row, own in zip(tokens, written, strict=True)]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
         return [texts[i : i + returned] for i in range(0, len(texts), returned)]
 
     def generate(
