@@ -135,6 +135,7 @@ class ConnectorConfig(Section):
     queries: Positive
     heads: Positive
     train_mit: bool
+    output_scale: Annotated[Literal["fixed", "learned"], Key(before="learned")] = "learned"
 
 
 class TrainingConfig(Section):

@@ -34,7 +34,7 @@ LENGTHS = [20, 0, 3]  # two groups; nothing to see; a short group beside an empt
 VARIANTS = {
     "llama": {},
     "nf4": {"language_model__quantisation": "nf4"},
-    "qformer": {"connector__kind": "qformer"},
+    "qformer": {"connector__kind": "qformer", "connector__output_scale": "fixed"},
     "ia3": {"language_model__adapter": "ia3", "language_model__target_modules": ["k_proj", "v_proj", "down_proj"]},
     "gpt2": {"gpt2": True, "language_model__target_modules": ["c_attn", "c_proj", "c_fc"]},
     "gpt2-nf4": {
@@ -534,6 +534,23 @@ def test_faulty_tensors_are_named(llama, tmp_path, tiny_llama_dir, file, fault):
     with pytest.raises(BundleError, match=rf"{fault}.*") as error:
         load_bundle(path.parent, language_model=str(tiny_llama_dir))
     assert name in str(error.value)
+
+
+@torch.no_grad()
+def test_a_bundle_keeps_the_size_of_word_embeddings_where_its_gain_is_relative_to_it(build, tmp_path, tiny_llama_dir):
+    """Whatever the size is on the machine that loads it; in half precision it comes out a little different."""
+    model = build("llama", connector__output_scale="fixed")
+    words = model.language_model.get_input_embeddings().weight
+    assert model.connector.output_norm.rms.item() == pytest.approx(words.pow(2).mean().sqrt().item(), rel=1e-6)
+    model.connector.output_norm.rms.mul_(1.5)
+    path = model.save_bundle(tmp_path / "bundle") / "connector.safetensors"
+    loaded = load_bundle(path.parent, language_model=str(tiny_llama_dir))
+    assert torch.equal(loaded(**batch(loaded))["logits"], model(**batch(model))["logits"])
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    del tensors["connector.output_norm.rms"]
+    save_file(tensors, path)
+    with pytest.raises(BundleError, match=r"missing: connector\.output_norm\.rms"):
+        load_bundle(path.parent, language_model=str(tiny_llama_dir))
 
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
