@@ -156,6 +156,7 @@ class TrainingConfig(Section):
     groups: Groups
     log_steps: Positive
     gpus: Annotated[Positive, Key(before=1)] = 1
+    loss: Annotated[Literal["per_question", "per_token"], Key(before="per_token")] = "per_token"
 
 
 class EvaluationConfig(Section):

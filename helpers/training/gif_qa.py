@@ -191,6 +191,7 @@ def train(
         kept_out = QADataset(model, eval_questions, options_in_prompt=in_prompt)
         _require_room(model, kept_out, eval_questions, features, profile.evaluation.groups)
         watched = _watched_batches(kept_out, features, profile)
+    per_question = training.loss == "per_question"
     job = Job(
         dataset=dataset,
         plan=plan,
@@ -208,7 +209,8 @@ def train(
         adapter="language_model",
         unit="steps" if model.video else TWIN,
         follow=(TWIN,) if model.video else (),
-        answer_tokens=lambda item: len(item[1]),
+        counts=(lambda item: 1) if per_question else lambda item: len(item[1]),
+        expected=sum(map(len, plan.batches)) / len(plan) if per_question else None,
     )
     return fit(model, job, folder, deadline=deadline, progress=progress, parts=tuple(PARTS))
 

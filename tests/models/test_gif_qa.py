@@ -133,6 +133,19 @@ def test_batch_equals_one_unpadded_sequence_at_a_time(model):
 
 
 @torch.no_grad()
+def test_a_loss_per_question_weighs_long_and_short_answers_alike(build):
+    """Against each row's own mean from the stock model; the answers have 4, 4 and 9 tokens."""
+    model = build("llama", training__loss="per_question")
+    frames, lengths = features()
+    alone = [
+        -log_probs_alone(model, prompt, model.encode_answer(answer), video[:length]).mean().item()
+        for prompt, answer, video, length in zip(prompts(model), ANSWERS, frames, lengths, strict=True)
+    ]
+    assert [len(model.encode_answer(answer)) for answer in ANSWERS] == [4, 4, 9]
+    assert model(**batch(model))["loss"].item() == pytest.approx(sum(alone) / 3, rel=1e-5)
+
+
+@torch.no_grad()
 def test_padding_of_any_kind_changes_nothing(model):
     inputs = batch(model)
     other = batch(model, pad=77)  # another padding token

@@ -193,6 +193,20 @@ def test_gpus_that_an_earlier_notebook_set_are_not_taken_for_the_users_choice(tw
 
 
 @pytest.mark.parametrize("answers", [[3, 1, 1, 2, 5], [2], [1, 1]])
+def test_shares_by_question_sum_the_rows_by_the_mean_step(monkeypatch, answers):
+    """Losses of made-up rows: the mean of the processes' weighted means is the sum over all rows by 2.5 of them."""
+    losses, weighted = [10.0 + number for number in range(len(answers))], []
+    for rank in range(2):
+        monkeypatch.setattr(collective, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collective, "world", lambda: 2)
+        shared = collective.Shared(lambda rows: {"rows": list(rows)}, lambda row: 1, expected=2.5)
+        batch = shared(range(len(answers)))
+        weighted.append(batch["share"] * np.mean([losses[row] for row in batch["rows"]]))
+        assert batch["weight"] == len(answers) / 2.5
+    assert sum(weighted) / 2 == pytest.approx(sum(losses) / 2.5)
+
+
+@pytest.mark.parametrize("answers", [[3, 1, 1, 2, 5], [2], [1, 1]])
 def test_shares_make_the_mean_over_processes_that_over_all_tokens(monkeypatch, answers):
     """Losses of made-up tokens: the mean of the processes' weighted means is the mean over every token."""
     losses = [[float(10 * row + token) for token in range(count)] for row, count in enumerate(answers)]

@@ -59,6 +59,7 @@ def toy_config(**changes):
         "groups": [1, 2, 3],
         "log_steps": 4,
         "gpus": 1,
+        "loss": "per_token",
     } | changes
     return SimpleNamespace(
         training=Section(**settings),
@@ -331,10 +332,17 @@ def test_half_precision_and_stray_parameters_are_refused():
         training.trainable(ToyModel().requires_grad_(False))
 
 
-def test_a_run_equals_a_plain_loop(tmp_path, world):
-    """Trainer, plan and collator against AdamW, clipping and the schedule written out, bit for bit."""
-    questions, features, config = world
-    model, result = run(tmp_path, world)
+@pytest.mark.parametrize("loss_by", ["per_token", "per_question"])
+def test_a_run_equals_a_plain_loop(tmp_path, world, loss_by):
+    """Trainer, plan and collator against AdamW, clipping and the schedule written out, bit for bit.
+
+    By question a step is the sum over its rows by the run's mean number of them, and so is what its gradient is
+    clipped to (it is in more than half of the steps). Every answer here has two tokens: a mean over tokens is one over
+    rows.
+    """
+    questions, features, _ = world
+    config = toy_config(loss=loss_by, max_grad_norm=0.3)
+    model, result = run(tmp_path, (questions, features, config))
     plain = ToyModel()
     torch.manual_seed(config.training.seed)
     dataset = QADataset(plain, questions)
@@ -342,23 +350,64 @@ def test_a_run_equals_a_plain_loop(tmp_path, world):
     optimizer = torch.optim.AdamW(parameter_groups(plain, config.training), fused=True)
     rates = [g["lr"] for g in optimizer.param_groups]
     torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws its workers' seed
-    losses = []
+    losses, clipped = [], 0
+    drawn = sum(len(keys) for keys in plan.batches)
     for step, keys in enumerate(plan.batches):
         warm, n = math.ceil(0.1 * len(plan)), len(plan)
         scale = step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (n - warm)))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * scale
         loss = plain(**collate([dataset[key] for key in keys]))["loss"]
+        weight = 1.0 if loss_by == "per_token" else len(keys) / (drawn / len(plan))
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        (loss * weight).backward()
+        clipped += nn.utils.clip_grad_norm_(plain.parameters(), 0.3 * weight) > 0.3 * weight
         optimizer.step()
-        losses.append(loss.item())
+        losses.append((loss * weight / weight).item())
+    assert clipped > len(plan) / 2
     assert result.history["loss"].tolist() == losses
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     assert result.history["tokens"].sum() == result.tokens == (plan.text_tokens + plan.video_tokens).sum()
     assert result.history["lr_connector"].max() == pytest.approx(2e-2)
     assert (result.status, result.steps, result.epochs) == ("complete", len(plan), 2.0)
+
+
+class Weighed(ToyModel):
+    """A number a question, which is its loss: the gradient tells what the question weighs in the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.language_model = nn.ModuleDict({"number": nn.Embedding(200, 1)})
+
+    def encode_prompt(self, question, options=None):
+        return [int(question)]
+
+    def forward(self, input_ids, attention_mask, labels, frames=None, lengths=None):
+        return {"loss": self.language_model["number"](input_ids[:, 0]).mean()}
+
+
+@pytest.mark.parametrize("loss_by", ["per_question", "per_token"])
+def test_every_question_weighs_the_same_in_the_run_whatever_its_number_of_groups(tmp_path, monkeypatch, loss_by):
+    """By question; the old way gives one with three groups, whose step holds fewer rows, a larger weight."""
+    questions, features = toy_questions(160, 40).assign(question=[str(i) for i in range(160)]), ToyFeatures(40)
+    config, model, weights = toy_config(loss=loss_by, max_grad_norm=1e9), Weighed(), []
+    original = training.AdapterTrainer.training_step
+
+    def training_step(self, *args):
+        loss = original(self, *args)
+        gradient = model.language_model["number"].weight.grad[:, 0]
+        weights.extend((groups, gradient[row].item()) for row, groups in self.plan.batches[self.state.global_step])
+        return loss
+
+    monkeypatch.setattr(training.AdapterTrainer, "training_step", training_step)
+    result = train(model, questions, features, config, tmp_path, progress=False)
+    table = pd.DataFrame(weights, columns=["groups", "weight"])
+    assert len(table) == 2 * 160 and set(table["groups"]) == {1, 2, 3}
+    if loss_by == "per_question":
+        assert table["weight"].tolist() == pytest.approx([result.steps / 320] * 320)
+    else:
+        means = table.groupby("groups")["weight"].mean()
+        assert means[3] > 1.5 * means[1]
 
 
 @pytest.mark.slow

@@ -232,14 +232,16 @@ class GifQAModel(nn.Module):
 
         input_ids [B, L]: prompt and answer of each row; attention_mask [B, L]; labels [B, L]: the answer's token ids,
         -100 elsewhere; frames [B, N, D] (padded) and lengths [B]: frame embeddings, ignored by a blind model.
-        Returns loss (mean cross-entropy in nats over all answer tokens) and logits [M, V] of the M answer tokens, in
-        row-major order. Raises ValueError for a batch without an answer token or with frames of another encoder.
+        Returns loss (mean cross-entropy in nats over all answer tokens or, by `training.loss`, over the rows of the
+        mean over each one's) and logits [M, V] of the M answer tokens, in row-major order. Raises ValueError for a
+        batch without an answer token or with frames of another encoder.
         """
         embeddings, mask, order = self._sequence(input_ids, attention_mask, self.video_input(frames, lengths))
         targets = labels.gather(1, order.clamp(min=0)).masked_fill(~mask | (order < 0), IGNORED)[:, 1:]
         answers = targets != IGNORED
         hidden = self._hidden(embeddings, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))
-        return answer_loss(head_logits(self.language_model, hidden[:, :-1][answers]), targets[answers])
+        counts = answers.sum(1) if self.profile.training.loss == "per_question" else None
+        return answer_loss(head_logits(self.language_model, hidden[:, :-1][answers]), targets[answers], counts)
 
     # ---- Answers -----------------------------------------------------------------------------------------------
 
