@@ -119,6 +119,7 @@ class LanguageModelConfig(Section):
     lora_alpha: Positive
     lora_dropout: Annotated[Float, Field(ge=0, lt=1)]
     target_modules: Annotated[list[str], Field(min_length=1)]
+    option_style: Annotated[Literal["lettered", "listed"], Key(before="listed")] = "listed"
 
     @model_validator(mode="after")
     def _prompt_has_a_question(self) -> "LanguageModelConfig":
@@ -157,6 +158,7 @@ class TrainingConfig(Section):
     log_steps: Positive
     gpus: Annotated[Positive, Key(before=1)] = 1
     loss: Annotated[Literal["per_question", "per_token"], Key(before="per_token")] = "per_token"
+    choice: Annotated[Literal["none", "beside", "instead"], Key(before="none")] = "none"
 
 
 class EvaluationConfig(Section):

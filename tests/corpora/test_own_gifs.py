@@ -83,6 +83,8 @@ def test_a_number_among_numeric_options_is_their_text(gifs):
         ("cat.gif,action,what ?,d,a|b|c", "the answer 'd' is not one of the options"),
         ("cat.gif,action,what ?,a,a|b|a", "more than one of the options"),
         ("cat.gif,action,what ?,a,a||b", "none of them empty"),
+        ("cat.gif,action,what ?,b,a|b|a", r"two of the options are the same: \['a', 'b', 'a'\]"),
+        ("cat.gif,action,what ?,b,a|b|A", r"two of the options are the same: \['a', 'b', 'A'\]"),
         ("cat.gif,transition,what ?,0,", "needs two or more options"),
         ("cat.gif,count,how many ?,two,", "a count is an integer; found 'two'"),
         ("cat.gif,count,how many ?,2.5,", "a count is an integer; found '2.5'"),
