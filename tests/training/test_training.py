@@ -263,9 +263,8 @@ def test_options_enter_the_prompt_only_when_asked():
 def choices(rows: int, seed: int = 0) -> pd.DataFrame:
     """Questions with five options of one to three words each, of which any may be right."""
     rng, words = np.random.default_rng(seed), ["a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg"]
-    options = [
-        [" ".join(rng.permutation(words)[: rng.integers(1, 4)]) + f" {i}" for i in range(5)] for _ in range(rows)
-    ]
+    some = [[" ".join(rng.permutation(words)[: rng.integers(1, 4)]) for _ in range(5)] for _ in range(rows)]
+    options = [[f"{text} {row}-{i}" for i, text in enumerate(own)] for row, own in enumerate(some)]
     labels = rng.integers(5, size=rows)
     return pd.DataFrame(
         {
