@@ -122,6 +122,7 @@ class LanguageModelConfig(Section):
     lora_dropout: Annotated[Float, Field(ge=0, lt=1)]
     target_modules: Annotated[list[str], Field(min_length=1)]
     chat: Annotated[bool, Key(before=False)] = False
+    option_style: Annotated[Literal["lettered", "listed"], Key(before="listed")] = "listed"
 
     @model_validator(mode="after")
     def _prompt_has_a_question(self) -> "LanguageModelConfig":
@@ -138,6 +139,7 @@ class ConnectorConfig(Section):
     queries: Positive
     heads: Positive
     train_mit: bool
+    output_scale: Annotated[Literal["fixed", "learned"], Key(before="learned")] = "learned"
 
 
 class AlignmentConfig(Section):
@@ -166,6 +168,8 @@ class TrainingConfig(Section):
     groups: Groups
     log_steps: Positive
     gpus: Annotated[Positive, Key(before=1)] = 1
+    loss: Annotated[Literal["per_question", "per_token"], Key(before="per_token")] = "per_token"
+    choice: Annotated[Literal["none", "beside", "instead"], Key(before="none")] = "none"
 
 
 class EvaluationConfig(Section):

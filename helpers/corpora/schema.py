@@ -32,7 +32,7 @@ from typing import Any
 
 import pandas as pd
 
-from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, question_form
+from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, bare, question_form
 from helpers.workspace.names import shown, visible
 
 SPLITS = ("train", "test")
@@ -117,6 +117,8 @@ def question_row(
         label = _integer(answer, "the answer of a multiple-choice question is a 0-based option index")
         if len(options) < 2 or "" in options:
             raise RowError(f"{task} needs two or more options, none of them empty; found {options}")
+        if len({bare(option) for option in options}) < len(options):
+            raise RowError(f"two of the options are the same: {options}")
         if not 0 <= label < len(options):
             raise RowError(
                 f"option index {label} is out of range: the {len(options)} options are 0 to {len(options) - 1}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 from helpers.config import LanguageModelConfig
-from helpers.models.text import control_tokens, text_tokens
+from helpers.models.text import control_tokens
 
 QUESTION, ANSWER = "theaskedquestion", "thegivenanswer"  # words that no template says, trims or looks for
 # Some templates write the day into the prompt. A model that learns from one day's prompt is asked another day, so it is
@@ -36,16 +37,19 @@ class ChatFormat:
     gap: str
     end: int
 
-    def prompt(self, tokenizer: Any, asked: str, template: str) -> list[int]:
-        """Token ids of the turn that asks by the profile's prompt, from the first one to where the answer begins."""
+    def prompt(self, template: str, ask: Callable[[list[str]], list[int]]) -> list[int]:
+        """Token ids of the turn that asks by the profile's prompt, from the first one to where the answer begins.
+
+        ask: gives the token ids of the question, and its options, with these texts around it.
+        """
         first, *others = template.strip().split("{question}")
         around = [first, *others[:-1], others[-1] + self.closing]
-        ids = text_tokens(tokenizer, asked, [self.opening + around[0], *around[1:]])
+        ids = ask([self.opening + around[0], *around[1:]])
         if tuple(ids[: len(self.head)]) == self.head:
             return ids
         # A token would reach over the place of the video.
         spaces = self.opening[len(self.opening.rstrip(" ")) :]
-        return [*self.head, *text_tokens(tokenizer, asked, [spaces + around[0], *around[1:]])]
+        return [*self.head, *ask([spaces + around[0], *around[1:]])]
 
     def told(self) -> str:
         """The turn as text: by it a bundle knows whether it is asked as it was trained."""

@@ -32,14 +32,18 @@ class BaseLanguageModel:
     quantisation: str
 
 
-def answer_loss(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Loss (mean cross-entropy in nats over all answer tokens) and logits [M, V] of the M answer tokens [M].
+def answer_loss(logits: Tensor, targets: Tensor, counts: Tensor | None = None) -> dict[str, Tensor]:
+    """Loss in nats and logits [M, V] of the M answer tokens [M], row after row.
 
-    Raises ValueError if there is none.
+    The loss is the mean cross-entropy over all tokens; with `counts` [B], the number of tokens of each row, it is the
+    mean over the rows of the mean over each one's tokens. Raises ValueError if there is no token.
     """
     if not len(targets):
         raise ValueError("labels hold no answer token: every label is -100")
-    return {"loss": F.cross_entropy(logits, targets), "logits": logits}
+    if counts is None:
+        return {"loss": F.cross_entropy(logits, targets), "logits": logits}
+    shares = counts.repeat_interleave(counts, output_size=len(targets)) * len(counts)
+    return {"loss": (F.cross_entropy(logits, targets, reduction="none") / shares).sum(), "logits": logits}
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -87,16 +88,53 @@ def _word(model: Any, word: str, controls: dict[int, str]) -> list[int]:
 
 
 def prompt_tokens(
-    tokenizer: Any, template: str, question: str, options: Sequence[str] | None = None, chat: ChatFormat | None = None
+    tokenizer: Any,
+    template: str,
+    question: str,
+    options: Sequence[str] | None = None,
+    style: str = "listed",
+    chat: ChatFormat | None = None,
 ) -> list[int]:
     """Token ids of BOS and the profile's prompt, or of a chat's turn that asks by it.
 
-    Options, where given, are listed behind the question.
+    Options, where given, stand behind the question (see `with_options`); style: 'lettered' or 'listed'.
     """
-    listed = f"{question}\nOptions: {'; '.join(options)}" if options else question
+
+    def ask(around: Sequence[str]) -> list[int]:
+        if options:
+            return with_options(tokenizer, question, around, options, style)
+        return text_tokens(tokenizer, question, around)
+
     if chat is not None:
-        return chat.prompt(tokenizer, listed, template)
-    return [start_token(tokenizer), *text_tokens(tokenizer, listed, template.split("{question}"))]
+        return chat.prompt(template, ask)
+    return [start_token(tokenizer), *ask(template.split("{question}"))]
+
+
+def with_options(tokenizer: Any, question: str, around: Sequence[str], options: Sequence[str], style: str) -> list[int]:
+    """Token ids of what is `around` with the question in its gaps, and its options behind the last one.
+
+    lettered: a line for each option, after (A), (B), ...; listed: all in one line, with semicolons between them. Each
+    is encoded by itself: it is spelt alike wherever it stands, and a prompt is as long in every order.
+    """
+    lettered = style == "lettered"
+    marks = [f"\n({_letter(place)})" if lettered else ";" if place else "" for place in range(len(options))]
+    size = len(tokenizer)
+    pieces = [piece for mark, option in zip(marks, options, strict=True) for piece in (mark, f" {option}")]
+    return [
+        *text_tokens(tokenizer, question, [*around[:-1], "\nOptions:"]),
+        *(token for piece in pieces for token in _piece_tokens(tokenizer, piece, size)),
+        *text_tokens(tokenizer, "", [around[-1], ""]),
+    ]
+
+
+def _letter(place: int) -> str:
+    return ascii_uppercase[place] if place < len(ascii_uppercase) else str(place + 1)
+
+
+@lru_cache(maxsize=1 << 14)
+def _piece_tokens(tokenizer: Any, text: str, size: int) -> list[int]:
+    """Token ids of an option or of its mark, by a tokenizer of `size` tokens: each comes again and again."""
+    return text_tokens(tokenizer, text)
 
 
 def answer_tokens(tokenizer: Any, answer: str, chat: ChatFormat | None = None) -> list[int]:

@@ -19,7 +19,7 @@ from helpers.models.gif_qa.window import Window
 from helpers.stage.pace import note_pace
 from helpers.training.collective import TrainingError
 from helpers.training.engine import TrainResult
-from helpers.training.gif_qa import STEPS, TWIN, QADataset, held_still, plan_batches, train
+from helpers.training.gif_qa import STEPS, TWIN, dataset_of, held_still, plan_batches, train
 
 if TYPE_CHECKING:
     from helpers.models.gif_qa.model import GifQAModel
@@ -88,8 +88,7 @@ def align(
     The rest is as in `train`: folder, deadline, signals, errors, and the settings that `profile.alignment` does not
     name. `questions` are what is trained on afterwards: their steps count in the stage's forecast.
     """
-    dataset = QADataset(model, questions, options_in_prompt=profile.evaluation.options_in_prompt)
-    to_come = len(plan_batches(dataset, features, profile))
+    to_come = len(plan_batches(dataset_of(model, questions, profile), features, profile))
     own = {"epochs": profile.alignment.epochs, "learning_rate_connector": profile.alignment.learning_rate_connector}
     aligning = profile.model_copy(update={"training": profile.training.model_copy(update=own)})
     Path(folder).mkdir(parents=True, exist_ok=True)

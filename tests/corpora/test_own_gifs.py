@@ -128,6 +128,8 @@ def test_an_option_that_is_a_number_comes_back_as_it_was_written(gifs, tmp_path)
         ("cat.gif,action,what ?,d,a|b|c", "the answer 'd' is not one of the options"),
         ("cat.gif,action,what ?,a,a|b|a", "more than one of the options"),
         ("cat.gif,action,what ?,a,a||b", "none of them empty"),
+        ("cat.gif,action,what ?,b,a|b|a", r"two of the options are the same: \['a', 'b', 'a'\]"),
+        ("cat.gif,action,what ?,b,a|b|A", r"two of the options are the same: \['a', 'b', 'A'\]"),
         ("cat.gif,transition,what ?,0,", "needs two or more options"),
         ("cat.gif,count,how many ?,two,", "a count is an integer; found 'two'"),
         ("cat.gif,count,how many ?,2.5,", "a count is an integer; found '2.5'"),

@@ -35,7 +35,7 @@ from helpers.models.language import (
     language_model_identity,
     load_language_model,
 )
-from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, require_finite
+from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, padded_candidates, require_finite
 from helpers.models.text import answer_tokens, prompt_tokens, start_token
 from helpers.models.xclip import (
     FrameEncoder,
@@ -163,7 +163,8 @@ class GifQAModel(nn.Module):
 
     def encode_prompt(self, question: str, options: Sequence[str] | None = None) -> list[int]:
         """Token ids of BOS and the prompt; options, where given, are listed behind the question."""
-        return prompt_tokens(self.tokenizer, self.profile.language_model.prompt, question, options, self.chat)
+        config = self.profile.language_model
+        return prompt_tokens(self.tokenizer, config.prompt, question, options, config.option_style, self.chat)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Token ids of an answer and the terminator; an empty answer is the terminator alone."""
@@ -244,22 +245,46 @@ class GifQAModel(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         frames: Tensor | None = None,
         lengths: Tensor | None = None,
+        candidates: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss of the answers.
+        """Loss of the answers; with `candidates` in place of `labels`, as `_choice_loss` says.
 
         input_ids [B, L]: prompt and answer of each row; attention_mask [B, L]; labels [B, L]: the answer's token ids,
-        -100 elsewhere; frames [B, N, D] (padded) and lengths [B]: frame embeddings, ignored by a blind model.
-        Returns loss (mean cross-entropy in nats over all answer tokens) and logits [M, V] of the M answer tokens, in
+        -100 elsewhere; candidates [B, K, A]: token ids of the right answer and of wrong ones, -100 where there is none,
+        behind input_ids, which then hold prompts alone; frames [B, N, D] (padded) and lengths [B]: frame embeddings,
+        ignored by a blind model. Returns loss (mean cross-entropy in nats over all answer tokens or, by
+        `training.loss`, over the rows of the mean over each one's) and logits [M, V] of the M answer tokens, in
         row-major order. Raises ValueError for a batch without an answer token or with frames of another encoder.
         """
         embeddings, mask, order = self._sequence(input_ids, attention_mask, self.video_input(frames, lengths))
+        if candidates is not None:
+            return self._choice_loss(embeddings, mask, candidates)
         targets = labels.gather(1, order.clamp(min=0)).masked_fill(~mask | (order < 0), IGNORED)[:, 1:]
         answers = targets != IGNORED
         hidden = self._hidden(embeddings, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))
-        return answer_loss(head_logits(self.language_model, hidden[:, :-1][answers]), targets[answers])
+        counts = answers.sum(1) if self.profile.training.loss == "per_question" else None
+        return answer_loss(head_logits(self.language_model, hidden[:, :-1][answers]), targets[answers], counts)
+
+    def _choice_loss(self, prefix: Tensor, prefix_mask: Tensor, candidates: Tensor) -> dict[str, Tensor]:
+        """Loss of rows of which some choose among candidates [B, K, A], and the candidates' scores [B, K] in nats.
+
+        A row's loss is the mean cross-entropy of the tokens of its right answer, the first candidate. Where it has
+        others, `training.choice` adds ('beside') or puts in its place ('instead') the cross-entropy of a softmax over
+        the candidates' scores, the log-probabilities of whole answers. The loss is the mean over the rows or, by
+        `training.loss`, over the tokens of their right answers.
+        """
+        training = self.profile.training
+        log_probs, given = self._candidate_log_probs(prefix, prefix_mask, candidates), candidates != IGNORED
+        scores, counts = log_probs.sum(2), given[:, 0].sum(1)
+        likelihood, right = -scores[:, 0] / counts, scores[:, 0]
+        choice = scores.masked_fill(~given.any(2), -math.inf).logsumexp(1) - right  # 0 without a wrong one
+        chosen = given.any(2).sum(1) > 1
+        losses = likelihood + choice if training.choice == "beside" else torch.where(chosen, choice, likelihood)
+        weights = torch.ones_like(counts) if training.loss == "per_question" else counts
+        return {"loss": (losses * weights).sum() / weights.sum(), "scores": scores}
 
     # ---- Answers -----------------------------------------------------------------------------------------------
 
@@ -365,52 +390,49 @@ class GifQAModel(nn.Module):
         candidates: Sequence[Sequence[Sequence[int]]],
         video: tuple[Tensor, Tensor] | None,
     ) -> list[np.ndarray]:
-        """Summed log-probabilities of each row's candidates, in one pass.
+        """Summed log-probabilities of each row's candidates, in one pass."""
+        tokens = torch.from_numpy(padded_candidates(candidates)).to(self.device)
+        sums = self._candidate_log_probs(*self._prefix(prompts, video), tokens).double().sum(2).cpu().numpy()
+        return [values[: len(row)] for values, row in zip(sums, candidates, strict=True)]
 
+    def _candidate_log_probs(self, prefix: Tensor, prefix_mask: Tensor, candidates: Tensor) -> Tensor:
+        """Log-probability of each token of each row's candidates behind its prefix, float32 [B, K, A], in one pass.
+
+        prefix [B, S, H] with its mask [B, S]; candidates [B, K, A]: token ids, `IGNORED` where there is none (0 there).
         All candidates of a row stand behind its prefix in one sequence. A mask lets each see the prefix and itself
         only, and each counts its positions from the prefix's end: the same as one sequence a candidate.
         """
-        prefix, prefix_mask = self._prefix(prompts, video)
         batch, start = prefix_mask.shape
-        lengths = prefix_mask.sum(1).tolist()
-        self._require_room(max(n + len(c) for n, row in zip(lengths, candidates, strict=True) for c in row))
+        longest = candidates.shape[2]
+        given = candidates != IGNORED
+        ends = prefix_mask.sum(1)
+        self._require_room(int((ends + given.sum(2).amax(1)).max()))
         # A candidate's last token is predicted but never read, so it needs no place in the sequence.
-        read = [[token for c in row for token in c[:-1]] for row in candidates]
-        width = max(len(row) for row in read)
-        tokens, segment, offset = (np.full((batch, width), fill) for fill in (self.start, -1, 0))
-        sources, targets, owners = [], [], []  # which position predicts which token, and for which candidate
-        for i, row in enumerate(candidates):
-            last, place = lengths[i] - 1, 0
-            for k, candidate in enumerate(row):
-                size = len(candidate) - 1
-                span = slice(place, place + size)
-                tokens[i, span], segment[i, span], offset[i, span] = candidate[:-1], k, range(size)
-                sources += [(i, last), *((i, start + p) for p in range(place, place + size))]
-                targets += candidate
-                owners += [(i, k)] * len(candidate)
-                place += size
-        tokens, segment, offset = (torch.as_tensor(a, device=self.device) for a in (tokens, segment, offset))
+        read = F.pad(given[:, :, 1:], (0, 1)).flatten(1)
+        width = int(read.sum(1).max())
+        place = read.long().sort(dim=1, descending=True, stable=True).indices[:, :width]
+        unused = ~read.gather(1, place)
+        tokens = candidates.flatten(1).gather(1, place).masked_fill(unused, self.start)
+        segment = (place // longest).masked_fill(unused, -1)
+        offset = (place % longest).masked_fill(unused, 0)
 
         embeddings = torch.cat([prefix, self.language_model.get_input_embeddings()(tokens)], dim=1)
-        positions = torch.cat([(prefix_mask.cumsum(1) - 1).clamp(min=0), prefix_mask.sum(1, keepdim=True) + offset], 1)
-        total = start + width
+        positions = torch.cat([(prefix_mask.cumsum(1) - 1).clamp(min=0), ends[:, None] + offset], dim=1)
         segments = torch.cat([segment.new_full((batch, start), -1), segment], dim=1)  # -1: prefix or padding
-        seen = torch.zeros(batch, total, dtype=torch.bool, device=self.device)
-        seen[:, :start] = prefix_mask
+        seen = F.pad(prefix_mask, (0, width))
         own = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
         allowed = (seen[:, None, :] | own).tril()
         hidden = self._hidden(embeddings, additive_mask(allowed, embeddings.dtype)[:, None], positions)
 
-        rows, columns = torch.tensor(sources, device=self.device).T
-        target = torch.tensor(targets, device=self.device)
+        # Which position predicts which token: the prefix's last one the first, the place of each token the next one.
+        after = (start - 1 + read.cumsum(1)).view_as(candidates)[:, :, :-1]
+        source = torch.cat([(ends - 1)[:, None, None].expand(-1, candidates.shape[1], 1), after], dim=2)
+        rows, columns, targets = given.nonzero()[:, 0], source[given], candidates[given]
         values = [  # in parts: a vocabulary of 128,256 makes the logits by far the largest tensor
             head_logits(self.language_model, hidden[r, c]).log_softmax(-1).gather(1, t[:, None])[:, 0]
-            for r, c, t in zip(rows.split(1024), columns.split(1024), target.split(1024), strict=True)
+            for r, c, t in zip(rows.split(1024), columns.split(1024), targets.split(1024), strict=True)
         ]
-        sums = [np.zeros(len(row)) for row in candidates]
-        for (i, k), value in zip(owners, torch.cat(values).tolist(), strict=True):
-            sums[i][k] += value
-        return sums
+        return hidden.new_zeros(candidates.shape, dtype=torch.float32).masked_scatter(given, torch.cat(values))
 
     def best_answer(
         self, prompts: Sequence[Sequence[int]], vocabulary: Sequence[str], frames: Any = None, lengths: Any = None

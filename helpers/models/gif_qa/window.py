@@ -50,9 +50,9 @@ class Window:
         """The questions that do not fit, as rejects: question_id, GIF, reason.
 
         questions: QA table with `gif_sha256`. frames: sampled frames of each GIF's longest view, by gif_sha256. A
-        sequence is the prompt, the video tokens, and what may stand behind them: in training the answer; in the test
-        the longest option or count, or what the model writes. A test question is asked about other GIFs too
-        (shuffled), so that it needs room for the longest of them.
+        sequence is the prompt, the video tokens, and what may stand behind them: in training the answer, or the longest
+        option where the options' scores are compared; in the test the longest option or count, or what the model
+        writes. A test question is asked about other GIFs too (shuffled), so that it needs room for the longest of them.
         """
         if self.size is None:
             return reject_table([])
@@ -67,7 +67,8 @@ class Window:
             closed = row.task in MULTIPLE_CHOICE
             asked = (row.question, tuple(row.options) if closed and profile.evaluation.options_in_prompt else ())
             if asked not in known:
-                known[asked] = len(prompt_tokens(self.tokenizer, profile.language_model.prompt, *asked, chat))
+                config = profile.language_model
+                known[asked] = len(prompt_tokens(self.tokenizer, config.prompt, *asked, config.option_style, chat))
             behind = self._behind(row, tested, known, chat)
             if known[asked] + tokens + behind > self.size:
                 parts = f"{known[asked]} tokens of question and prompt, {tokens} of the GIF, {behind} for the answer"
@@ -80,12 +81,13 @@ class Window:
 
     def _behind(self, row: Any, tested: bool, known: dict[Any, int], chat: ChatFormat | None) -> int:
         """Tokens of the longest answer that may stand behind a question."""
-        if not tested:
-            answers: Iterable[str] = [target_answer(row.task, row.answer, row.label)]
+        answers: Iterable[str] = row.options
+        if not tested and (row.task not in MULTIPLE_CHOICE or self.profile.training.choice == "none"):
+            answers = [target_answer(row.task, row.answer, row.label)]
         elif row.task == "frameqa":
             return WRITTEN_TOKENS
-        else:
-            answers = COUNTS if row.task == "count" else row.options
+        elif row.task == "count":
+            answers = COUNTS
         for text in answers:
             if text not in known:
                 known[text] = len(answer_tokens(self.tokenizer, text, chat))
