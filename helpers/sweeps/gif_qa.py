@@ -88,10 +88,10 @@ def run_ladder(
 ) -> pd.DataFrame:
     """Train and score every rung of a ladder with several seeds: row, seed, `MEASURES`, parameters, questions, seconds.
 
-    questions: of both splits; captions as `store.read_captions` gives them. The seed decides weights, order and, where
-    a rung takes a share of the GIFs, which. A run that is finished is kept in `folder`, so that a killed one goes on; a
-    model is freed before the next is built. Raises ValueError for an unknown ladder before anything is trained;
-    DeadlineReached when the deadline (in seconds from now) has passed.
+    questions: of both splits, with `num_frames`; captions: as `store.read_captions` gives them. The seed decides
+    weights, order and, where a rung takes a share of the GIFs, which. A run that is finished is kept in `folder`, so
+    that a killed one goes on; a model is freed before the next is built. Raises ValueError for an unknown ladder before
+    anything is trained; DeadlineReached when the deadline (in seconds from now) has passed.
     """
     ends, folder, found = time.perf_counter() + deadline, Path(folder), []
     rows = {label: (changed(profile, rung.values), rung.share) for label, rung in rungs(name).items()}
