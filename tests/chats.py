@@ -101,7 +101,7 @@ def chat_tokenizer(plain: Path, family: Family) -> PreTrainedTokenizerFast:
 
 
 def save_chat_model(plain: Path, family: Family, folder: Path) -> None:
-    """A random `LlamaForCausalLM` with the family's tokenizer; its generation may end with two tokens, of which none need end a turn."""
+    """A random `LlamaForCausalLM` with the family's tokenizer; two tokens end its texts, neither its turns."""
     tokenizer = chat_tokenizer(plain, family)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

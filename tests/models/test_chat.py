@@ -130,6 +130,10 @@ FAULTS = {
     "nothing said": (changed(CHATML, "m['content']", "''"), "does not say a question and its answer once each"),
     "said twice": (changed(CHATML, "m['content']", "m['content'] + m['content']"), "once each"),
     "said otherwise": (changed(CHATML, "m['content']", "m['content'] | upper"), "as they are"),
+    "a question said otherwise": (
+        changed(CHATML, "m['content']", "(m['content'] | title if m['role'] == 'user' else m['content'])"),
+        "as they are",
+    ),
     "no default": ({"tool_use": CHATML, "rag": CHATML}, "fails: ValueError: This model has multiple"),
 }
 
