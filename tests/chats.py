@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tokenizers import processors
 from transformers import AddedToken, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -14,7 +15,7 @@ class Family:
     template: str
     head: str
     end: str
-    bos: str | None
+    bos: str
     eos: str
     special: list[str]
     plain: list[str] = field(default_factory=list)  # added tokens that the tokenizer does not call special
@@ -87,23 +88,26 @@ FAMILIES = {
 
 
 def chat_tokenizer(plain: Path, family: Family) -> PreTrainedTokenizerFast:
-    """The tokenizer in `plain` with the family's tokens and template."""
+    """The tokenizer in `plain` with the family's tokens and template; as many do, it puts a BOS in front by itself."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(plain)
     tokenizer.add_tokens([AddedToken(text, special=True) for text in family.special])
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in family.plain])
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = family.bos, family.eos, family.eos
     tokenizer.chat_template = family.template
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{family.bos} $A", special_tokens=[(family.bos, tokenizer.bos_token_id)]
+    )
     return tokenizer
 
 
 def save_chat_model(plain: Path, family: Family, folder: Path) -> None:
-    """A random `LlamaForCausalLM` with the family's tokenizer; its generation may end with two tokens."""
+    """A random `LlamaForCausalLM` with the family's tokenizer; two tokens end its texts, neither its turns."""
     tokenizer = chat_tokenizer(plain, family)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig.from_pretrained(plain)
     config.update({"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id})
     model = LlamaForCausalLM(config)
-    ends = tokenizer.convert_tokens_to_ids([family.end, family.eos, "<|eos|>"])
+    ends = tokenizer.convert_tokens_to_ids([family.eos, "<|eos|>"])
     model.generation_config = GenerationConfig(eos_token_id=sorted(set(ends)), pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)

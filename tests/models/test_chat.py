@@ -41,6 +41,10 @@ def stock(tokenizer, *contents: str, **options) -> list[int]:
     return tokenizer.apply_chat_template(messages, return_dict=False, **DAY, **options)
 
 
+def plain(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, "{question}", "\n Say: {question} "])
 @pytest.mark.parametrize("options", [None, OPTIONS])
 def test_prompt_and_answer_are_the_stock_template_s_tokens(tokenizer, family, config, prompt, options):
@@ -59,7 +63,8 @@ def test_prompt_and_answer_are_the_stock_template_s_tokens(tokenizer, family, co
 
 
 def test_bos_stands_once_and_only_where_the_template_writes_it(tokenizer, family, config):
-    """Also if the tokenizer adds it by itself; ChatML has none, and its BOS is the start of every turn."""
+    """Also where the tokenizer adds it by itself; ChatML has none, and its BOS is the start of every turn."""
+    assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
     ids = prompt_tokens(tokenizer, PROMPT, QUESTION, None, chat_format(tokenizer, config))
     turns = stock(tokenizer, "x", add_generation_prompt=True).count(tokenizer.bos_token_id)
     assert ids.count(tokenizer.bos_token_id) == turns == (3 if family is FAMILIES["chatml"] else 1)
@@ -125,6 +130,10 @@ FAULTS = {
     "nothing said": (changed(CHATML, "m['content']", "''"), "does not say a question and its answer once each"),
     "said twice": (changed(CHATML, "m['content']", "m['content'] + m['content']"), "once each"),
     "said otherwise": (changed(CHATML, "m['content']", "m['content'] | upper"), "as they are"),
+    "a question said otherwise": (
+        changed(CHATML, "m['content']", "(m['content'] | title if m['role'] == 'user' else m['content'])"),
+        "as they are",
+    ),
     "no default": ({"tool_use": CHATML, "rag": CHATML}, "fails: ValueError: This model has multiple"),
 }
 
@@ -161,8 +170,8 @@ def test_without_an_end_of_the_turn_the_end_of_the_text_ends_an_answer(tiny_llam
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     chat = chat_format(tokenizer, config)
-    assert (chat.head, chat.end) == (tuple(tokenizer("user:").input_ids), tokenizer.eos_token_id)
-    assert answer_tokens(tokenizer, "red", chat)[:-1] == tokenizer(" red").input_ids
+    assert (list(chat.head), chat.end) == (plain(tokenizer, "user:"), tokenizer.eos_token_id)
+    assert answer_tokens(tokenizer, "red", chat)[:-1] == plain(tokenizer, " red")
 
 
 def test_a_token_never_reaches_over_the_place_of_the_video(tiny_llama_dir, config):
@@ -192,9 +201,11 @@ def test_without_the_key_nothing_of_the_template_is_used(make_model, chat_dir):
     """Even where there is one: the prompt, the answer and what ends it are those of a base model."""
     model = make_model(language_model__model=str(chat_dir("gemma")))
     tokenizer = model.tokenizer
-    text = tokenizer(f"Question: {QUESTION}\nAnswer:", add_special_tokens=False).input_ids
-    assert model.encode_prompt(QUESTION) == [tokenizer.bos_token_id, *text]
-    assert model.encode_answer("red") == [*tokenizer(" red").input_ids, tokenizer.eos_token_id]
+    assert model.encode_prompt(QUESTION) == [
+        tokenizer.bos_token_id,
+        *plain(tokenizer, f"Question: {QUESTION}\nAnswer:"),
+    ]
+    assert model.encode_answer("red") == [*plain(tokenizer, " red"), tokenizer.eos_token_id]
     assert model.language_model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert "chat" not in model.base["language_model"]
 
@@ -210,7 +221,7 @@ def test_generation_ends_with_the_turn_the_text_or_what_else_the_model_ends_with
 def test_a_text_is_cut_where_it_ends(chats, monkeypatch, end):
     """The end of a turn is not special here, so that decoding alone would leave it in the answer."""
     model = chats("gemma", video=False)
-    ids = model.tokenizer(f" a red star{end}<eos>", add_special_tokens=False).input_ids
+    ids = plain(model.tokenizer, f" a red star{end}<eos>")
     monkeypatch.setattr(model.language_model, "generate", lambda **options: torch.tensor([ids, ids]))
     assert model.generate([model.encode_prompt(QUESTION)] * 2) == ["a red star"] * 2
 

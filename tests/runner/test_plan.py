@@ -166,9 +166,12 @@ def test_a_model_that_has_no_chat_template_is_refused_before_anything_starts(her
 def test_a_model_that_is_not_here_is_looked_at_later_and_not_fetched(here, monkeypatch):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    only_here = []
+
     def snapshot_download(*args, local_files_only=False, **kwargs):
-        assert local_files_only
+        only_here.append(local_files_only)
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert plan_of("--profile", "kaggle").profile.language_model.chat
+    assert only_here == [True]
