@@ -605,6 +605,7 @@ def test_captions_in_a_column_and_in_rows_of_their_own(gifs):
         "dog.gif,frameqa,what ?,dog,,",
         "dog.gif,count,How many ?,eleven,,a dog",  # a bad answer makes no bad caption
         "dog.gif,frameqa,what ?",
+        "bird,caption,,,,a bird",
     )
     corpus = own_gifs.load(gifs, path, holdout=0)
     assert told(corpus) == {
@@ -614,13 +615,13 @@ def test_captions_in_a_column_and_in_rows_of_their_own(gifs):
         ("dog.gif", "train", "a dog"),
     }
     assert corpus.captions.caption_id.tolist() == ["cat.gif-1", "cat.gif-2", "sub/fox.gif-1", "dog.gif-1"]
-    assert corpus.questions.question_id.tolist() == ["qa-2", "qa-3", "qa-6"] and corpus.rows == 5 and corpus.told == 4
+    assert corpus.questions.question_id.tolist() == ["qa-2", "qa-3", "qa-6"] and corpus.rows == 5 and corpus.told == 5
     assert corpus.gifs == {name: str(gifs / name) for name in ("cat.gif", "dog.gif", "sub/fox.gif")}
-    assert corpus.rejects["where"].tolist() == ["qa.csv row 7", "qa.csv row 8"]
+    assert corpus.rejects["where"].tolist() == ["qa.csv row 7", "qa.csv row 8", "qa.csv row 9"]
     listed = corpora.left_out(corpus, corpus.questions, corpus.captions, corpus.gifs)
-    assert listed == "2 of 5 rows and 0 GIFs left out: rejects.parquet"
+    assert listed == "2 of 5 rows, 1 of 5 captions and 0 GIFs left out: rejects.parquet"
     short = corpora.left_out(corpus, corpus.questions, corpus.captions.head(2), corpus.gifs)
-    assert short == "2 of 5 rows, 2 of 4 captions and 1 GIF left out: rejects.parquet"
+    assert short == "2 of 5 rows, 3 of 5 captions and 1 GIF left out: rejects.parquet"
 
 
 @pytest.mark.parametrize(
