@@ -166,9 +166,12 @@ class Stop(Exception):
     """Stands for a crash in the middle of a step."""
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_stopped_and_gone_on_with_equals_never_stopped(profile, features, aligned, tmp_path, monkeypatch, step):
-    keys = {"checkpoint_minutes": 1e-9}
+@pytest.mark.parametrize(("step", "recompute"), [(0, False), (3, True)])
+def test_stopped_and_gone_on_with_equals_never_stopped(
+    profile, features, aligned, tmp_path, monkeypatch, step, recompute
+):
+    """Also when activations are computed twice, which a frozen language model must pass gradients through."""
+    keys = {"checkpoint_minutes": 1e-9, "gradient_checkpointing": recompute}
     often = profile.model_copy(update={"training": profile.training.model_copy(update=keys)})
     original = AdapterTrainer.training_step
 
