@@ -9,7 +9,7 @@ from helpers.models.gif_qa.model import GifQAModel
 from helpers.stage.pace import DeadlineReached
 from helpers.sweeps import gif_qa as sweep
 from helpers.sweeps.gif_qa import PARTS, WITHOUT, Rung, changed, run_ladder, rungs
-from tests.training.test_captions import CAPTIONS, GIFS, Features
+from tests.training.test_alignment import CAPTIONS, GIFS, Features
 
 OPTIONS = ["jump", "duck"]
 
