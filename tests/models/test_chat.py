@@ -46,12 +46,19 @@ def plain(tokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "{question}", "\n Say: {question} "])
-@pytest.mark.parametrize("options", [None, OPTIONS])
-def test_prompt_and_answer_are_the_stock_template_s_tokens(tokenizer, family, config, prompt, options):
+@pytest.mark.parametrize(
+    ("options", "style", "listed"),
+    [
+        (None, "listed", ""),
+        (OPTIONS, "listed", "\nOptions: red; a blue star"),
+        (OPTIONS, "lettered", "\nOptions:\n(A) red\n(B) a blue star"),
+    ],
+)
+def test_prompt_and_answer_are_the_stock_template_s_tokens(tokenizer, family, config, prompt, options, style, listed):
     chat = chat_format(tokenizer, config)
-    asked = QUESTION + ("\nOptions: red; a blue star" if options else "")
+    asked = QUESTION + listed
     content = prompt.format(question=asked).strip()
-    ids = prompt_tokens(tokenizer, prompt, QUESTION, options, chat)
+    ids = prompt_tokens(tokenizer, prompt, QUESTION, options, style, chat)
     assert ids == stock(tokenizer, content, add_generation_prompt=True)
     for answer in ("red", "10", "a small blue star"):
         whole = [*ids, *answer_tokens(tokenizer, f" {answer} ", chat)]
@@ -65,7 +72,7 @@ def test_prompt_and_answer_are_the_stock_template_s_tokens(tokenizer, family, co
 def test_bos_stands_once_and_only_where_the_template_writes_it(tokenizer, family, config):
     """Also where the tokenizer adds it by itself; ChatML has none, and its BOS is the start of every turn."""
     assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
-    ids = prompt_tokens(tokenizer, PROMPT, QUESTION, None, chat_format(tokenizer, config))
+    ids = prompt_tokens(tokenizer, PROMPT, QUESTION, chat=chat_format(tokenizer, config))
     turns = stock(tokenizer, "x", add_generation_prompt=True).count(tokenizer.bos_token_id)
     assert ids.count(tokenizer.bos_token_id) == turns == (3 if family is FAMILIES["chatml"] else 1)
     assert ids[0] == tokenizer.bos_token_id
@@ -82,8 +89,8 @@ def test_control_tokens_that_a_question_spells_stay_text(tokenizer, family, conf
         expected = [
             *bare(f"Question: {question}\nAnswer:", add_special_tokens=False, split_special_tokens=True).input_ids
         ]
-        empty = prompt_tokens(tokenizer, "{question}", "", None, chat)
-        ids = prompt_tokens(tokenizer, PROMPT, question, None, chat)
+        empty = prompt_tokens(tokenizer, "{question}", "", chat=chat)
+        ids = prompt_tokens(tokenizer, PROMPT, question, chat=chat)
         of_both = tokenizer.convert_tokens_to_ids(sorted(controls))
         assert [i for i in ids if i in of_both] == [i for i in empty if i in of_both]
         if family is not FAMILIES["mistral"]:  # its spaces around the message join the words
@@ -179,7 +186,7 @@ def test_a_token_never_reaches_over_the_place_of_the_video(tiny_llama_dir, confi
     tokenizer = chat_tokenizer(tiny_llama_dir, FAMILIES["chatml"])
     tokenizer.chat_template = changed(CHATML, "'\\n' + m", "('\\n' if m['role'] == 'assistant' else '\\nQ') + m")
     chat = chat_format(tokenizer, config)
-    ids = prompt_tokens(tokenizer, "uestion: {question}", QUESTION, None, chat)
+    ids = prompt_tokens(tokenizer, "uestion: {question}", QUESTION, chat=chat)
     joined = stock(tokenizer, f"uestion: {QUESTION}", add_generation_prompt=True)
     assert tokenizer.decode(ids) == tokenizer.decode(joined) and ids != joined
     assert tokenizer.decode(ids[: len(chat.head)]).endswith("user\nQ")
