@@ -163,7 +163,7 @@ def sort_parameters(
                     parameters[stage][name] = parse_parameter(name, text, defaults[name])
         else:
             short = [key for key in keys if key.rpartition(".")[2] == name]
-            hint = f"did you mean {short[0]!r}?" if short else nearest(name, own + keys)
+            hint = f"did you mean {' or '.join(map(repr, short))}?" if short else nearest(name, own + keys)
             raise ConfigError(f"unknown parameter {name!r}; {hint}")
     return overrides, parameters
 

@@ -966,7 +966,7 @@ def test_status_and_logs(quick, capfd):
         (["push", "--profile", "mine.yaml"], "the suite's own profiles only"),
         (["push", "--attach", "nothing"], "give a data set as OWNER/NAME"),
         (["push", "--only", "00", "--run", "r" * 40], "shorten --run"),
-        (["push", "-p", "epochs", "3"], "did you mean 'training.epochs'"),
+        (["push", "-p", "epochs", "3"], "did you mean 'alignment.epochs' or 'training.epochs' or 'adem.epochs'"),
         (["resume", "--run", "never"], "was never pushed"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "the following arguments are required"),

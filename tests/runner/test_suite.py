@@ -113,7 +113,7 @@ def test_missing_upstream_is_refused(world, capsys):
         (["--only", "05"], "unknown stage '05'"),
         (["--from", "0"], "unknown stage '0'"),
         (["-p", "profile", "x"], "use --profile"),
-        (["-p", "epochs", "3"], "did you mean 'training.epochs'"),
+        (["-p", "epochs", "3"], "did you mean 'alignment.epochs' or 'training.epochs' or 'adem.epochs'"),
         (["-p", "notes", "x"], "did you mean 'note'"),
         (["--deadline", "25:00"], "--deadline '25:00'"),
         (["--deadline", "-5"], "--deadline '-5'"),

@@ -49,7 +49,7 @@ def decide(forecast: Forecast, now: float, ends: float) -> Decision:
     if need <= room:
         return Decision(True, True, told)
     told += f", {span(room)} until the deadline"
-    if room < forecast.epoch:
+    if 0 < room < forecast.epoch:
         told += f", which is less than one epoch ({span(forecast.epoch)})"
     if room < USEFUL_SECONDS:
         return Decision(False, False, f"{told}: too little to start")
