@@ -199,8 +199,10 @@ def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
             of_content = [key for key, value in values.items() if isinstance(value, str) and value.startswith(CONTENT)]
             theirs[section] |= {key: _model(theirs[section].get(key)) for key in of_content}  # once, folders' names
     new = {name: value for name, value in new.items() if name in old or name != "beside"}
-    given = dict.fromkeys(new["parameters"], "") | old["parameters"]  # one that did not exist then was not given
-    return differences({**old, "profile": theirs, "parameters": given}, {**new, "profile": ours})
+    given = {name: dict(settings.get("parameters") or {}) for name, settings in (("old", old), ("new", new))}
+    given["old"] = dict.fromkeys(given["new"], "") | given["old"]  # a parameter that did not exist then was not given
+    theirs, ours = {"profile": theirs, "parameters": given["old"]}, {"profile": ours, "parameters": given["new"]}
+    return differences({**old, **theirs}, {**new, **ours})
 
 
 def check_conflict(folder: Path, settings: Mapping[str, Any]) -> None:

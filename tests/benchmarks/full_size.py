@@ -181,6 +181,7 @@ def make_rows(model: GifQAModel, rows: int, gifs: int) -> pd.DataFrame:
         question += "?"
     return pd.DataFrame(
         {
+            "question_id": np.arange(rows).astype(str),
             "gif_sha256": (np.arange(rows) % gifs).astype(str),
             "task": "frameqa",
             "question": question,
