@@ -17,7 +17,7 @@ from helpers.workspace.place import default_profile
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
 ADEM_PRESETS = PROFILES / "adem"
-SECTIONS = ("data", "shapes", "encoder", "language_model", "connector", "training", "evaluation", "adem")
+SECTIONS = ("data", "shapes", "encoder", "language_model", "connector", "alignment", "training", "evaluation", "adem")
 
 
 # By section, the keys that change how fast or how safely a run goes, not what it makes (GPUs: up to rounding and the
@@ -31,6 +31,8 @@ PACING: dict[str, frozenset[str]] = {
 }
 # By section, lists of which only the members decide: neither their order nor a repetition.
 MEMBERS: dict[str, frozenset[str]] = {"data": frozenset({"groups"}), "language_model": frozenset({"target_modules"})}
+# By section, the key that turns all of it off at 0: then no other key of it decides anything.
+SWITCHES: dict[str, str] = {"alignment": "epochs"}
 # By section, the keys that earlier versions had: runs, checkpoints and bundles of then still name them.
 REMOVED: dict[str, frozenset[str]] = {"data": frozenset({"decode_seconds"})}
 
@@ -119,6 +121,8 @@ class LanguageModelConfig(Section):
     lora_alpha: Positive
     lora_dropout: Annotated[Float, Field(ge=0, lt=1)]
     target_modules: Annotated[list[str], Field(min_length=1)]
+    chat: Annotated[bool, Key(before=False)] = False
+    option_style: Annotated[Literal["lettered", "listed"], Key(before="listed")] = "listed"
 
     @model_validator(mode="after")
     def _prompt_has_a_question(self) -> "LanguageModelConfig":
@@ -135,6 +139,15 @@ class ConnectorConfig(Section):
     queries: Positive
     heads: Positive
     train_mit: bool
+    output_scale: Annotated[Literal["fixed", "learned"], Key(before="learned")] = "learned"
+
+
+class AlignmentConfig(Section):
+    """The first stage of training: the connector learns to say what a GIF shows before it learns to answer."""
+
+    epochs: Annotated[Float, Field(ge=0), Key(before=0.0)] = 0.0
+    prompt: Annotated[str, Field(pattern=r"\S"), Key(before="Describe this GIF.")] = "Describe this GIF."
+    learning_rate_connector: Annotated[Float, Field(ge=0), Key(before=1e-3)] = 1e-3
 
 
 class TrainingConfig(Section):
@@ -155,6 +168,8 @@ class TrainingConfig(Section):
     groups: Groups
     log_steps: Positive
     gpus: Annotated[Positive, Key(before=1)] = 1
+    loss: Annotated[Literal["per_question", "per_token"], Key(before="per_token")] = "per_token"
+    choice: Annotated[Literal["none", "beside", "instead"], Key(before="none")] = "none"
 
 
 class EvaluationConfig(Section):
@@ -251,6 +266,7 @@ class Profile(Section):
     encoder: EncoderConfig
     language_model: LanguageModelConfig
     connector: ConnectorConfig
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig)  # earlier versions had no such section
     training: TrainingConfig
     evaluation: EvaluationConfig
     adem: AdemConfig = Field(default_factory=tiny_adem)  # a GIF bundle's profile has no such section
@@ -326,10 +342,12 @@ def deciding(sections: Mapping[str, Any]) -> dict[str, Any]:
         if key and key not in PACING.get(section, ()) and key not in REMOVED.get(section, ()):
             found[name] = values
         elif section in SECTIONS and isinstance(values, Mapping):
-            kept = as_now(section, values).items()
+            kept = as_now(section, values)
+            if section in SWITCHES and not kept[SWITCHES[section]]:
+                kept = {SWITCHES[section]: kept[SWITCHES[section]]}
             found[name] = {
                 own: sorted(set(value)) if own in MEMBERS.get(section, ()) else value
-                for own, value in kept
+                for own, value in kept.items()
                 if own not in PACING.get(section, ())
             }
         elif not key:

@@ -16,6 +16,7 @@ from transformers import (
 
 from helpers.config import load_profile
 from helpers.workspace import repo_root
+from tests.chats import FAMILIES, save_chat_model
 from tests.throwaway import Throwaway
 
 
@@ -102,6 +103,19 @@ def tiny_llama_dir(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat_dir(tmp_path_factory, tiny_llama_dir):
+    """The folder of a random checkpoint of one of the `FAMILIES` of chat templates, made once."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.getbasetemp() / f"tiny-{name}"
+        if not folder.is_dir():
+            save_chat_model(tiny_llama_dir, FAMILIES[name], folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

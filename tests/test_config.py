@@ -47,6 +47,14 @@ def test_a_profile_without_the_adem_section_takes_the_tiny_preset(tmp_path):
     assert load_profile(str(path)).adem == load_profile("tiny").adem
 
 
+def test_a_profile_without_the_alignment_section_goes_without_the_stage(tmp_path):
+    path = tmp_path / "older.yaml"
+    head, _, rest = (PROFILES / "kaggle.yaml").read_text().partition("\nalignment:")
+    path.write_text(head + "\n\ntraining:" + rest.partition("\n\ntraining:")[2])
+    assert load_profile(str(path)).alignment.epochs == 0 and load_profile("kaggle").alignment.epochs == 1
+    assert load_profile(str(path), {"alignment.epochs": 2}).alignment.epochs == 2
+
+
 def test_unknown_profile_names_the_nearest():
     with pytest.raises(ConfigError, match=r"'kaggel'.*'kaggle'"):
         load_profile("kaggel")

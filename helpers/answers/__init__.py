@@ -1,5 +1,6 @@
 """What trained models say to a table of questions; `predict` is GIF question answering's."""
 
+from helpers.answers.captions import score_captions, write_captions_of
 from helpers.answers.tgif_qa import CHUNK, RESULT_COLUMNS, predict, save_predictions, token_batches
 
 __all__ = [
@@ -7,5 +8,7 @@ __all__ = [
     "RESULT_COLUMNS",
     "predict",
     "save_predictions",
+    "score_captions",
     "token_batches",
+    "write_captions_of",
 ]

@@ -18,6 +18,7 @@ from helpers.corpora.tasks import (
     MULTIPLE_CHOICE,
     TASKS,
     expected_count,
+    option_orders,
     require_finite_scores,
     round_count,
     softmax,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2000  # questions whose answers are kept together: what a killed run repeats at most
 RESULT_COLUMNS = ["prediction", "scores", "confidence", "prediction_per_token", "prediction_vocabulary"]
+REORDERED = "prediction_reordered"
 
 
 def predict(
@@ -51,10 +53,12 @@ def predict(
     description: str = "scoring",
     deadline: float = math.inf,
     passes: int = 1,
+    reordered: bool = False,
 ) -> pd.DataFrame:
     """Answer every question with `model`, looking at `groups` groups of 16 frames of its GIF.
 
-    Action and transition: every option is scored as a whole answer (terminator included); the highest sum wins.
+    Action and transition: every option is scored as a whole answer (terminator included); the highest sum wins. Where
+    options stand in the prompt, it lists them in the first of their two orders (`corpora.tasks.option_orders`).
     Count: the answers "1".."10" are scored; the prediction is the rounded, clipped expectation. FrameQA: open-ended
     generation, and with `vocabulary` the most likely of its words, of those as short as what it may write, as a second
     answer.
@@ -63,7 +67,7 @@ def predict(
         model: a `GifQAModel`; one with `video=False` never sees the GIF.
         questions: QA table with `gif_sha256`.
         features: a `FeatureTable`.
-        config: the profile's evaluation section (`batch_tokens`, `options_in_prompt`, `num_beams`).
+        config: the profile's evaluation section (`batch_tokens`, `options_in_prompt`, `num_beams`, `seed`).
         shuffle_seed: if given, every question is asked about another GIF (see `shuffle_gifs`); a question without a
             partner gets no prediction.
         cache: folder that keeps the answers of every `CHUNK` questions, so that a killed run goes on there. The
@@ -71,6 +75,8 @@ def predict(
         deadline: seconds from now after which no more batches are answered.
         passes: how often the caller has these questions answered, each time with a folder beside `cache`. Each task's
             pace, and what is left of all passes, are noted beside these folders after every chunk.
+        reordered: where options stand in the prompt, ask with their second order too: the column
+            `prediction_reordered`.
 
     Raises:
         stage.pace.DeadlineReached: the time was up, or the runner only measures the pace and a chunk of each task was
@@ -88,6 +94,8 @@ def predict(
     questions = questions.reset_index(drop=True)
     seen = questions["gif_sha256"] if shuffle_seed is None else shuffle_gifs(questions, shuffle_seed)["gif_sha256"]
     asked = questions.assign(seen_gif_sha256=seen)
+    reordered = reordered and config.options_in_prompt
+    columns = ["question_id", "seen_gif_sha256", *RESULT_COLUMNS, *([REORDERED] if reordered else [])]
     parts = []
     for task in TASKS:
         rows = asked[(asked["task"] == task) & asked["seen_gif_sha256"].notna()]
@@ -96,10 +104,10 @@ def predict(
         for start in range(0, len(rows), CHUNK):
             chunk, began = rows[start : start + CHUNK], time.monotonic()
             part = cache / f"{task}-{start}.parquet" if cache is not None else None
-            answers = _finished(part, chunk)
+            answers = _finished(part, chunk, columns)
             if answers is None:
                 told = f"{description}: {task}" + (f" from {start:,}" if len(rows) > CHUNK else "")
-                answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends)
+                answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends, reordered)
                 if part is not None:
                     save_predictions(answers, part)
                     _note_pace(cache.parent, task, len(chunk), time.monotonic() - began, questions["task"], passes)
@@ -109,7 +117,6 @@ def predict(
                 break
     if measured and math.isfinite(probe_steps()):
         raise DeadlineReached(f"the pace of {description} is measured: {measured:,} answers are kept")
-    columns = ["question_id", "seen_gif_sha256", *RESULT_COLUMNS]
     answers = pd.concat(parts) if parts else pd.DataFrame(columns=columns)
     return asked[["question_id"]].merge(answers[columns], on="question_id", how="left", validate="one_to_one")
 
@@ -136,10 +143,10 @@ def _rows(part: Path) -> int:
         return 0
 
 
-def _finished(part: Path | None, rows: pd.DataFrame) -> pd.DataFrame | None:
-    """Answers of an earlier run, or None if there are none or they are of other questions or GIFs."""
+def _finished(part: Path | None, rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame | None:
+    """Answers of an earlier run, or None if there are none, one of the columns lacks, or they are of other rows."""
     answers = None if part is None else read_parquet(part)
-    if answers is None:
+    if answers is None or not {*columns} <= {*answers.columns}:
         return None
     same = all(answers[name].tolist() == rows[name].tolist() for name in ("question_id", "seen_gif_sha256"))
     return answers if same else None
@@ -154,12 +161,14 @@ def _predict_task(
     vocabulary: Sequence[str] | None,
     description: str,
     ends: float,
+    reordered: bool,
 ) -> pd.DataFrame:
     task = rows["task"].iloc[0]
     gifs = rows["seen_gif_sha256"].tolist()
     options = [list(options) for options in rows["options"]]
-    shown = options if config.options_in_prompt and task in MULTIPLE_CHOICE else [None] * len(rows)
-    prompts = [model.encode_prompt(question, choice) for question, choice in zip(rows["question"], shown, strict=True)]
+    listed = config.options_in_prompt and task in MULTIPLE_CHOICE
+    prompts = _prompts(model, rows, config, 0 if listed else None)
+    others = _prompts(model, rows, config, 1) if listed and reordered else None
     candidates = options if task in MULTIPLE_CHOICE else [list(COUNTS)] * len(rows) if task == "count" else None
     tokens = {text: len(model.encode_answer(text)) for texts in candidates or [] for text in texts}
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -184,10 +193,26 @@ def _predict_task(
             else:
                 texts = [candidates[i] for i in batch]
                 answers = map(_choose, model.score(batch_prompts, texts, *video), texts, [task] * len(batch), told)
+                if others is not None:
+                    again = model.score([others[i] for i in batch], texts, *video)
+                    second = map(_choose, again, texts, [task] * len(batch), told)
+                    pairs = zip(answers, second, strict=True)
+                    answers = [first | {REORDERED: other["prediction"]} for first, other in pairs]
             results.update(zip(batch, answers, strict=True))
             progress.update(len(batch))
-    answers = pd.DataFrame([results[i] for i in range(len(rows))], columns=RESULT_COLUMNS)
+    columns = [*RESULT_COLUMNS, *([REORDERED] if reordered else [])]
+    answers = pd.DataFrame([results[i] for i in range(len(rows))], columns=columns)
     return pd.concat([rows[["question_id", "seen_gif_sha256"]].reset_index(drop=True), answers], axis=1)
+
+
+def _prompts(model: GifQAModel, rows: pd.DataFrame, config: EvaluationConfig, order: int | None) -> list[list[int]]:
+    """The prompts of questions; `order`: which of their two orders options are listed in, None: they are not."""
+    if order is None:
+        return [model.encode_prompt(question) for question in rows["question"]]
+    return [
+        model.encode_prompt(question, option_orders(question, options, config.seed)[order])
+        for question, options in zip(rows["question"], rows["options"], strict=True)
+    ]
 
 
 def _choose(scores: np.ndarray, texts: Sequence[str], task: str, told: str) -> dict[str, Any]:

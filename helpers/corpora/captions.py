@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,7 @@ def _verb(action: str) -> str:
 def _motion(rng: np.random.Generator, blocks: Sequence[tuple[str, int]]) -> tuple[str, list[str]]:
     """What the subject does, in words, and the facts: how often each action is done, and their order."""
     facts = [f"action {action}={times}" for action, times in blocks]
-    facts += [f"order {first}<{second}" for (first, _), (second, _) in zip(blocks, blocks[1:], strict=False)]
+    facts += [f"order {first}<{second}" for (first, _), (second, _) in pairwise(blocks)]
     parts = [f"{_verb(action)} {_times(rng, times)}" for action, times in blocks]
     if len(parts) == 2:
         first, second = parts

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from helpers.config import AdemConfig, Profile
-from helpers.corpora import diagrams, own_gifs, scienceqa, shapes, tgif_qa
+from helpers.corpora import captions, diagrams, own_gifs, scienceqa, shapes, tgif_qa
 from helpers.corpora.schema import Corpus, CorpusError, listed_rejects, reject_table
 from helpers.corpora.scienceqa import ScienceQA
 
 
-def drop_leaked(questions: pd.DataFrame) -> pd.DataFrame:
-    """The questions without those training rows whose GIF occurs in any test row of any task.
+def drop_leaked(questions: pd.DataFrame, test_gifs: Collection[str] = ()) -> pd.DataFrame:
+    """The questions without those training rows whose GIF is in `test_gifs` or occurs in any test row of any task.
 
     Within a task TGIF-QA's train and test GIFs are disjoint, across tasks they are not.
     """
-    test_gifs = set(questions.gif[questions.split == "test"])
+    test_gifs = {*test_gifs, *questions.gif[questions.split == "test"]}
     leaked = (questions.split == "train") & questions.gif.isin(test_gifs)
     return questions[~leaked].reset_index(drop=True)
 
@@ -45,7 +46,9 @@ def load(
     if name == "shapes":
         if gifs or qa:
             raise CorpusError("The built-in world takes no GIFs or questions of yours: set data.corpus to own_gifs.")
-        corpus = shapes.load(profile, folder)
+        world = profile.shapes
+        told = captions.world_captions(world.seed, world.train, world.test)
+        corpus = replace(shapes.load(profile, folder), captions=told, told=len(told))
     elif name == "tgif_qa":
         corpus = tgif_qa.load(_required(qa, "qa", "the folder of TGIF-QA's question files"), gifs=gifs or None)
         corpus = replace(corpus, asked={task: tgif_qa.TEST_QUESTIONS[task] for task in corpus.asked})
@@ -64,7 +67,9 @@ def _required(value: str | Path | None, name: str, meaning: str) -> str | Path:
 
 
 def _without_leaks(corpus: Corpus, name: str) -> Corpus:
-    kept = drop_leaked(corpus.questions)
+    """The corpus in which each GIF is in one split: in test if any question or caption about it is."""
+    captions = corpus.captions
+    kept = drop_leaked(corpus.questions, set(captions.gif[captions.split == "test"]))
     leaked = corpus.questions[~corpus.questions.question_id.isin(kept.question_id)]
     if len(leaked) and "train" not in set(kept.split):
         told = list(corpus.rejects.itertuples(index=False, name=None))
@@ -74,11 +79,13 @@ def _without_leaks(corpus: Corpus, name: str) -> Corpus:
         (gif, "train split", f"also a test GIF: its {number} training questions are left out")
         for gif, number in leaked.gif.value_counts().sort_index().items()
     ]
-    used = set(kept.gif)
+    test_gifs = {*kept.gif[kept.split == "test"], *captions.gif[captions.split == "test"]}
+    used = {*kept.gif, *captions.gif}
     return replace(
         corpus,
         name=name,
         questions=kept,
+        captions=captions.assign(split=["test" if gif in test_gifs else "train" for gif in captions.gif]),
         gifs={gif: source for gif, source in corpus.gifs.items() if gif in used},
         rejects=pd.concat([corpus.rejects, reject_table(rejects)], ignore_index=True),
     )

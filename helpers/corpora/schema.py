@@ -32,7 +32,7 @@ from typing import Any
 
 import pandas as pd
 
-from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, question_form
+from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, bare, question_form
 from helpers.workspace.names import shown, visible
 
 SPLITS = ("train", "test")
@@ -53,7 +53,7 @@ class RowError(ValueError):
 
 
 def caption_text(text: str) -> str:
-    """A caption without invisible characters and with single spaces; raises `RowError` if nothing or no text is left."""
+    """A caption without invisible characters, with single spaces; raises `RowError` for one that is empty or broken."""
     if "\0" in text or "\ufffd" in text:
         raise RowError("the caption is not whole: it holds NUL characters or bytes that are no text")
     if not (caption := visible(text)):
@@ -117,6 +117,8 @@ def question_row(
         label = _integer(answer, "the answer of a multiple-choice question is a 0-based option index")
         if len(options) < 2 or "" in options:
             raise RowError(f"{task} needs two or more options, none of them empty; found {options}")
+        if len({bare(option) for option in options}) < len(options):
+            raise RowError(f"two of the options are the same: {options}")
         if not 0 <= label < len(options):
             raise RowError(
                 f"option index {label} is out of range: the {len(options)} options are 0 to {len(options) - 1}"
@@ -161,20 +163,22 @@ def listed_rejects(rejects: Sequence[tuple[str, str, str]], most: int = 20) -> s
     return shown(f"\nLeft out: {len(rejects):,}{''.join(lines)}{more}") if rejects else ""
 
 
-def left_out(corpus: Corpus, kept: pd.DataFrame, gifs: Iterable[str]) -> str:
-    """One line for the terminal: how many rows and GIFs were left out of what there was, and where they are listed.
+def left_out(corpus: Corpus, questions: pd.DataFrame, captions: pd.DataFrame, gifs: Iterable[str]) -> str:
+    """One line for the terminal: how many rows, captions and GIFs were left out of what there was, and where to look.
 
-    kept: the questions that are left in the end. gifs: the names of all GIFs that were looked at.
+    questions, captions: what is left in the end. gifs: the names of all GIFs that were looked at.
     """
-    rows, lost = max(corpus.rows, len(corpus.questions)), len(set(gifs) - set(kept.gif))
-    if rows == len(kept) and not lost:
-        return f"nothing left out of {rows:,} rows"
+    rows, told = max(corpus.rows, len(corpus.questions)), max(corpus.told, len(corpus.captions))
+    lost = len({*gifs} - {*questions.gif, *captions.gif})
+    captioned = f", {told - len(captions):,} of {told:,} captions" if told > len(captions) else ""
+    if rows == len(questions) and not lost and not captioned:
+        return f"nothing left out of {rows:,} rows" + (f" and {told:,} captions" if told else "")
     listed = f"{lost:,} GIF" + ("" if lost == 1 else "s")
-    return f"{rows - len(kept):,} of {rows:,} rows and {listed} left out: rejects.parquet"
+    return f"{rows - len(questions):,} of {rows:,} rows{captioned} and {listed} left out: rejects.parquet"
 
 
 def require_questions(questions: Sequence[Any], rejects: Sequence[tuple[str, str, str]], source: str | Path) -> None:
     """Raise `CorpusError` if no question is left, with the rejects that lie behind it."""
     if not questions:
-        why = listed_rejects(rejects) or " There are no rows."
+        why = listed_rejects(rejects) or " No row has a question."
         raise CorpusError(f"No usable question is left of {source}.{why}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +90,20 @@ def softmax(scores: np.ndarray, where: str = "a question") -> np.ndarray:
 def target_answer(task: str, answer: str, label: int) -> str:
     """Text that a question is trained on: TGIF-QA's count code 0 ("once") is the number 1, all else is the answer."""
     return str(max(int(label), 1)) if task == "count" else answer
+
+
+def option_orders(question: str, options: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Two orders in which a question lists its options, two or more: in the second each stands in another place.
+
+    They are drawn from the seed and the texts alone, so that neither the order in which options are given nor which of
+    them is right has a say.
+    """
+    texts = sorted(options)
+    digest = hashlib.sha256(json.dumps([question, texts]).encode()).digest()
+    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+    first = [texts[i] for i in rng.permutation(len(texts))]
+    turn = int(rng.integers(1, len(texts)))
+    return first, first[turn:] + first[:turn]
 
 
 def asks_for_count(question: str) -> bool:

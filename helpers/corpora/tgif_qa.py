@@ -5,7 +5,8 @@ files of github.com/YunseokJANG/tgif-qa, of HME-VideoQA (older, complete) and of
 
 The official files are called .csv but are TAB-separated with CRLF line ends, a header and no quoting: quotes in them
 are text. They have no validation split, and none is carved here. The column `description` of FrameQA is a caption of
-the very GIF, and is never carried along.
+the very GIF, and is never carried along. Captions come from TGIF's own file, `tgif-v1.0.tsv`: a URL, a TAB and a
+sentence a row, no header, and a row for each sentence about a GIF (Li et al., "TGIF", CVPR 2016).
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+import pandas as pd
+
 from helpers.corpora.schema import (
     SPLITS,
     Corpus,
     CorpusError,
     RowError,
+    caption_table,
+    caption_text,
     listed_rejects,
     question_row,
     question_table,
@@ -46,6 +51,8 @@ COLUMNS = {
 
 TEST_QUESTIONS = {"count": 3554, "action": 2274, "transition": 6232, "frameqa": 13691}
 """Questions of the official test files, by which published scores are divided."""
+
+CAPTIONS_FILE = re.compile(r"tgif-v[0-9].*\.tsv", re.IGNORECASE)
 
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
@@ -83,6 +90,7 @@ def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
     A question file is a .csv or .tsv whose path inside the folder names a split and a task
     (`Train_action_question.csv`, `frameqa/train.csv`). gifs: a folder of `<gif_name>.gif` (searched to any depth), a
     zip archive of such files, or a text file of URLs (`tgif-v1.0.tsv` or one URL a line); None loads the text alone.
+    Captions are those of that list, or of a `tgif-v1.0.tsv` among the question files, about GIFs that are asked about.
     Questions whose GIF the source lacks, broken rows and repeated questions are listed in the rejects.
     A test row that is broken or has no GIF counts among `Corpus.asked` all the same.
     Raises `CorpusError` if a file is not in the format, or nothing is left.
@@ -123,7 +131,46 @@ def load(folder: str | Path, gifs: str | Path | None = None) -> Corpus:
     kept = questions[questions.gif.isin(sources)].reset_index(drop=True)
     require_questions(kept.index.tolist(), rejects, f"{folder} with the GIFs of {gifs}")
     used = {gif: sources[gif] for gif in kept.gif.unique()}
-    return Corpus("tgif_qa", kept, used, reject_table(rejects), number_of_rows, counted)
+    captions, told = _captions(folder, Path(gifs), kept, rejects)
+    return Corpus("tgif_qa", kept, used, reject_table(rejects), number_of_rows, counted, captions, told)
+
+
+def _captions(
+    folder: Path, gifs: Path, questions: pd.DataFrame, rejects: list[tuple[str, str, str]]
+) -> tuple[pd.DataFrame, int]:
+    """The captions of the GIFs that are asked about, in the split of their GIF, and how many the file of them holds.
+
+    That file is the list of URLs, if it has more than URLs, else TGIF's own among the question files.
+    """
+    path, rows = gifs, [] if gifs.is_dir() or zipfile.is_zipfile(gifs) else _listed(gifs)
+    if all(len(cells) == 1 for _, cells in rows):
+        found = [file for file in files_below(folder) if CAPTIONS_FILE.fullmatch(file.name)]
+        if not found:
+            return caption_table(), 0
+        if len(found) > 1:
+            names = ", ".join(file.relative_to(folder).as_posix() for file in found)
+            raise CorpusError(f"Captions: {folder} holds {len(found)} files of them ({names}). Leave one.")
+        path, rows = found[0], _listed(found[0])
+        if all(len(cells) == 1 for _, cells in rows):
+            raise CorpusError(f"{path}: no row has a caption. A row is the URL of a GIF, a TAB and a caption of it.")
+    asked, test = set(questions.gif), set(questions.gif[questions.split == "test"])
+    kept, unasked = [], []
+    for number, (url, *rest) in rows:
+        name, where = gif_name(url) or "", f"{path.name} row {number}"
+        if name not in asked:
+            unasked.append((name or url[:200], where))
+            continue
+        try:
+            if len(rest) > 1:
+                raise RowError(f"{len(rest) + 1} columns, but a row is a URL, a TAB and a caption")
+            kept.append((name, "test" if name in test else "train", caption_text(" ".join(rest)), []))
+        except RowError as error:
+            rejects.append((name, where, str(error)))
+    if unasked:
+        what = f"{len(unasked):,} captions, this the first, are of GIFs that no question is left about"
+        rejects.append((*unasked[0], f"{what}: left out"))
+    captions = caption_table(kept)
+    return captions, len(captions) + len(rows) - len(kept)
 
 
 def _question_files(folder: Path, rejects: list[tuple[str, str, str]]) -> list[_File]:
@@ -135,6 +182,8 @@ def _question_files(folder: Path, rejects: list[tuple[str, str, str]]) -> list[_
         words = set(re.split(r"[^a-z]+", name.lower()))
         splits, tasks = words.intersection(SPLITS), words.intersection(TASKS)
         is_table = path.suffix.lower() in (".csv", ".tsv")
+        if CAPTIONS_FILE.fullmatch(path.name):
+            continue
         if not is_table and len(splits) == len(tasks) == 1 and path.suffix.lower() in SHEETS:
             rejects.append((name, folder.name, "not read: a spreadsheet's own format; save it as CSV UTF-8"))
         elif not is_table:
@@ -294,13 +343,21 @@ def _in_archive(archive: Path, rejects: list[tuple[str, str, str]]) -> Iterator[
 
 
 def _in_list(path: Path, rejects: list[tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
-    text, _ = table_text(path, errors="replace")
-    for number, line in enumerate(text.split("\n"), start=1):
-        url = line.split("\t")[0].strip()
-        if not url:
-            continue
+    for number, (url, *_) in _listed(path):
         name = gif_name(url) if re.match(r"https?://[^/\s]+/\S+$", url) else None
         if name:
             yield name, url
         else:
             rejects.append((url[:200], f"{path.name} row {number}", "not an http(s) URL of a .gif file"))
+
+
+def _listed(path: Path) -> list[tuple[int, list[str]]]:
+    """The number and the cells of each row of a list of URLs: a URL, and a caption where there are some."""
+    text, _ = table_text(path, errors="replace")
+    by_hand = re.match(r'"?https?://[^\s"]+\.gif"?([,;])', text)  # as a spreadsheet saves it
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        cells = line.split("\t") if "\t" in text or not by_hand else _quoted_cells(line, by_hand[1])
+        if any(map(visible, cells)):
+            rows.append((number, [cells[0].strip(), *cells[1:]]))
+    return rows

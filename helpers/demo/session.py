@@ -204,7 +204,9 @@ class Session:
         notes, before = [], len(self.gifs)
         if (folder / "qa.csv").is_file():
             try:
-                for row in own_gifs.load(folder, folder / "qa.csv", holdout=1).questions.itertuples():
+                asked = own_gifs.load(folder, folder / "qa.csv", holdout=1)
+                notes += [f"qa.csv: {row.item}: {row.reason}" for row in asked.rejects.itertuples()]
+                for row in asked.questions.itertuples():
                     try:
                         check_size(row.question, row.options)
                         question, options = check_question(row.question, row.options)

@@ -18,9 +18,10 @@ from typing import Literal, TypedDict
 
 import cv2
 import numpy as np
-from PIL import GifImagePlugin, Image, ImageFile, ImageSequence
+from PIL import Image, ImageFile, ImageSequence
 
 from helpers.gifs.formats import Animation, BrokenFrame, GifRejected, Limits, open_animation
+from helpers.gifs.kinds import SIGNATURE_BYTES, kind_of
 
 # Albumentations asks PyPI for its newest version on import, and warns, unless told not to before it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -150,7 +151,10 @@ def decode(
 def read_gif(source: str | os.PathLike | bytes | Image.Image, max_bytes: int = Limits.max_bytes) -> bytes:
     """Bytes of a GIF given as a path, "archive.zip::member" (read in memory), bytes, or a Pillow image.
 
-    A Pillow image that was opened from a GIF file gives that file's bytes; any other is encoded as a GIF.
+    A Pillow image that was opened from a GIF, or from another animation that is read, gives that file's bytes; any
+    other is encoded without loss. One that Pillow copied, converted or resized holds one frame, whatever it was opened
+    from: this is told where its `info` shows a GIF or an animation, and cannot be told where the info was cleared, of a
+    TIFF, or of an image made anew from pixels.
 
     Raises:
         GifRejected: nothing there, an unreadable archive, more than max_bytes, or a Pillow image that is closed or is
@@ -260,21 +264,17 @@ def _transform_pixels(frames: np.ndarray, transforms: Sequence[A.BasicTransform]
 
 
 def _image_bytes(image: Image.Image, max_bytes: int) -> bytes:
-    # Pillow drops `fp` once a frame is loaded, but keeps the file of an animation open as `_fp`.
-    file = getattr(image, "fp", None) or getattr(image, "_fp", None)
     # a copy keeps what Pillow read of the animation, but of its frames only the one that was shown
-    if not isinstance(image, ImageFile.ImageFile) and ("loop" in image.info or image.info.get("duration")):
+    if not isinstance(image, ImageFile.ImageFile) and (marks := _marks_of_an_animation(image)):
         raise GifRejected(
             "the Pillow image is a copy of one frame of an animation: give the image that Image.open returned, or the "
-            "file's path or bytes (for this frame alone, delete loop and duration from the image's info)"
+            f"file's path or bytes (for this frame alone, delete {' and '.join(marks)} from the image's info)"
         )
     try:
-        if isinstance(image, GifImagePlugin.GifImageFile) and file is not None:
-            position = file.tell()
-            file.seek(0)
-            data = file.read(max_bytes + 1)
-            file.seek(position)
-            return data
+        if image.format == "GIF" or getattr(image, "is_animated", False):
+            data = _own_bytes(image, max_bytes)
+            if kind_of(data[:SIGNATURE_BYTES]).reader:
+                return data
         position = image.tell()
         frames = [_writable(frame) for frame in ImageSequence.Iterator(image)]
         image.seek(position)
@@ -286,13 +286,44 @@ def _image_bytes(image: Image.Image, max_bytes: int) -> bytes:
     except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG chunk as a SyntaxError
         raise GifRejected("the file of the Pillow image is damaged") from error
     buffer = BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    if len(frames) == 1:
+        frames[0].save(buffer, "PNG", compress_level=1)
+    else:
+        first, *rest = (frame.convert("RGBA") for frame in frames)  # a PNG has one palette
+        first.save(buffer, "PNG", save_all=True, append_images=rest, disposal=0, blend=0, compress_level=1)
     return buffer.getvalue()
 
 
+def _marks_of_an_animation(image: Image.Image) -> list[str]:
+    """The keys of a Pillow image's info that its reader sets for animations, or for every GIF."""
+    info = image.info
+    found = {
+        "loop": "loop" in info,
+        "duration": info.get("duration"),
+        "version": info.get("version") in (b"GIF87a", b"GIF89a"),
+    }
+    return [key for key, there in found.items() if there]
+
+
+def _own_bytes(image: ImageFile.ImageFile, max_bytes: int) -> bytes:
+    """The file that an image was opened from; nothing where it cannot be had."""
+    # Pillow drops `fp` once a frame is loaded, but keeps the file of most animations open as `_fp`.
+    if file := getattr(image, "fp", None) or getattr(image, "_fp", None):
+        position = file.tell()
+        file.seek(0)
+        data = file.read(max_bytes + 1)
+        file.seek(position)
+        return data
+    try:
+        with open(image.filename, "rb") as file:
+            return file.read(max_bytes + 1)
+    except OSError:  # it had no name, or is gone: the frames are still there
+        return b""
+
+
 def _writable(frame: Image.Image) -> Image.Image:
-    """A copy of a frame in a mode that Pillow can write to a GIF."""
-    if frame.mode in ("1", "L", "P", "RGB", "RGBA"):
+    """A copy of a frame in a mode that Pillow can write to a PNG."""
+    if frame.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         return frame.copy()
     return frame.convert("RGBA" if frame.has_transparency_data else "RGB")
 

@@ -10,6 +10,8 @@ Choices made where the formats, or their decoders, disagree:
 - What no frame has drawn, or what was disposed of, shows `BACKGROUND`; so do transparent pixels.
 - A GIF's canvas is the one of its header, enlarged to the first frame where that is larger; what later frames draw
   outside it is cut off, as Chromium does. Disposal 4 means 3 (some encoders were written to a draft); 5 to 7 keep.
+- A frame of a GIF without width or height draws nothing and is shown as long as it says, as FFmpeg does; a GIF of
+  nothing else is rejected.
 - A frame whose data breaks off, and all that follow it, are not used; the rest is.
 """
 
@@ -186,6 +188,8 @@ def _open_gif(data: bytes, limits: Limits) -> Animation:
         durations.pop()
     if not durations:
         raise GifRejected("truncated before the first frame" if truncated else "no frame in it")
+    if not pixels:
+        raise GifRejected("its frames are empty (0 pixels)")
     return Animation((width, height), durations, truncated, partial(_draw_gif, data, (width, height), frames))
 
 
@@ -224,8 +228,6 @@ def _draw_gif(data: bytes, canvas: tuple[int, int], frames: Sequence[_GifFrame])
     screen = Image.new("RGB", canvas, BACKGROUND)
     for index, frame in enumerate(frames):
         left, top, right, bottom = frame.box
-        if left == right or top == bottom:
-            raise BrokenFrame(index)
         try:
             pixels = Image.frombytes(
                 "L", (right - left, bottom - top), data[frame.blocks], "gif", frame.code_bits, frame.interlaced

@@ -23,7 +23,8 @@ class Kind(NamedTuple):
 GIF = Kind("a GIF", "gif")
 PNG = Kind("a PNG image", "png")
 WEBP = Kind("a WebP image", "webp")
-MP4 = Kind("an MP4 video", "video", f"{_CONVERT}, or install PyAV, which reads it: pip install av")
+_PYAV = "or install PyAV, which reads it: pip install av, and give --force to a run that has left it out"
+MP4 = Kind("an MP4 video", "video", f"{_CONVERT}, {_PYAV}")
 WEBM = Kind("a WebM or Matroska video", "video", MP4.help)
 EMPTY = Kind("an empty file")
 

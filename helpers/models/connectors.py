@@ -19,6 +19,7 @@ class ConnectorConfig(Protocol):
     hidden: int  # width of the hidden layer (mlp) or of the query transformer (qformer)
     queries: int  # tokens a group (qformer)
     heads: int  # attention heads (qformer)
+    output_scale: str  # 'fixed' or 'learned': see OutputNorm
 
 
 def build_connector(
@@ -28,20 +29,32 @@ def build_connector(
 
     Raises ValueError for an unknown kind.
     """
+    norm = OutputNorm(text_dim, output_rms, fixed=config.output_scale == "fixed")
     if config.kind == "mlp":
-        return MLPConnector(video_dim, text_dim, config.hidden, output_rms)
+        return MLPConnector(video_dim, config.hidden, norm)
     if config.kind == "qformer":
-        return QFormerConnector(
-            video_dim, text_dim, config.hidden, config.queries, config.heads, frames_per_group, output_rms
-        )
+        return QFormerConnector(video_dim, config.hidden, config.queries, config.heads, norm, frames_per_group)
     raise ValueError(f"connector.kind is '{config.kind}'; it must be 'mlp' or 'qformer'")
 
 
-def _output_norm(text_dim: int, output_rms: float) -> nn.LayerNorm:
-    # Video tokens start at the size of word embeddings: much larger ones drown what the first layers add to them.
-    norm = nn.LayerNorm(text_dim)
-    nn.init.constant_(norm.weight, output_rms)
-    return norm
+class OutputNorm(nn.LayerNorm):
+    """The last layer of a connector: video tokens start at the size of word embeddings, the root mean square `rms`.
+
+    Much larger ones would drown what the first layers of the language model add to them. `fixed`: rms * LayerNorm(x),
+    whose gain starts at 1, so that one step of Adam moves the tokens by the same share whatever rms is; rms is kept
+    with the weights. Else the gain itself starts at rms, and there is nothing else to keep.
+    """
+
+    def __init__(self, text_dim: int, rms: float, *, fixed: bool) -> None:
+        super().__init__(text_dim)
+        self.register_buffer("rms", torch.tensor(rms) if fixed else None)
+        if not fixed:
+            nn.init.constant_(self.weight, rms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x [..., H] and bring it to the size of word embeddings."""
+        normed = super().forward(x)
+        return normed if self.rms is None else self.rms * normed
 
 
 def video_tokens(config: ConnectorConfig, frames: np.ndarray, frames_per_group: int = 16) -> np.ndarray:
@@ -53,14 +66,15 @@ def video_tokens(config: ConnectorConfig, frames: np.ndarray, frames_per_group: 
 class MLPConnector(nn.Module):
     """One token a frame, from its embedding and its MIT token, and one token for the group (nanoVLM, LLaVA-1.5)."""
 
-    def __init__(self, video_dim: int, text_dim: int, hidden: int, output_rms: float = 1.0) -> None:
+    def __init__(self, video_dim: int, hidden: int, output_norm: OutputNorm) -> None:
         super().__init__()
+        (text_dim,) = output_norm.normalized_shape
         self.frame_norm = nn.LayerNorm(video_dim)
         self.mit_norm = nn.LayerNorm(video_dim)
         self.pooled_norm = nn.LayerNorm(video_dim)
         self.frame_mlp = nn.Sequential(nn.Linear(2 * video_dim, hidden), nn.GELU(), nn.Linear(hidden, text_dim))
         self.group_mlp = nn.Sequential(nn.Linear(video_dim, hidden), nn.GELU(), nn.Linear(hidden, text_dim))
-        self.output_norm = _output_norm(text_dim, output_rms)
+        self.output_norm = output_norm
 
     def forward(self, frames: Tensor, mit_tokens: Tensor, pooled: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Map groups to tokens.
@@ -118,12 +132,11 @@ class QFormerConnector(nn.Module):
     def __init__(
         self,
         video_dim: int,
-        text_dim: int,
         hidden: int,
         queries: int,
         heads: int,
+        output_norm: OutputNorm,
         frames_per_group: int = 16,
-        output_rms: float = 1.0,
         layers: int = 2,
     ) -> None:
         super().__init__()
@@ -138,8 +151,8 @@ class QFormerConnector(nn.Module):
         self.positions = nn.Parameter(torch.randn(frames_per_group, hidden) * 0.02)
         self.memory_norm = nn.LayerNorm(hidden)
         self.layers = nn.ModuleList([_QFormerLayer(hidden, heads) for _ in range(layers)])
-        self.output = nn.Linear(hidden, text_dim)
-        self.output_norm = _output_norm(text_dim, output_rms)
+        self.output = nn.Linear(hidden, *output_norm.normalized_shape)
+        self.output_norm = output_norm
 
     def forward(self, frames: Tensor, mit_tokens: Tensor, pooled: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Map groups to tokens.

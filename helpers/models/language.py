@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from helpers.config import LanguageModelConfig
+from helpers.models.chat import chat_format
 from helpers.models.digests import language_model_digest
 from helpers.models.parts import require_finite
 from helpers.workspace.machine import compute_dtype
@@ -31,14 +32,18 @@ class BaseLanguageModel:
     quantisation: str
 
 
-def answer_loss(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Loss (mean cross-entropy in nats over all answer tokens) and logits [M, V] of the M answer tokens [M].
+def answer_loss(logits: Tensor, targets: Tensor, counts: Tensor | None = None) -> dict[str, Tensor]:
+    """Loss in nats and logits [M, V] of the M answer tokens [M], row after row.
 
-    Raises ValueError if there is none.
+    The loss is the mean cross-entropy over all tokens; with `counts` [B], the number of tokens of each row, it is the
+    mean over the rows of the mean over each one's tokens. Raises ValueError if there is no token.
     """
     if not len(targets):
         raise ValueError("labels hold no answer token: every label is -100")
-    return {"loss": F.cross_entropy(logits, targets), "logits": logits}
+    if counts is None:
+        return {"loss": F.cross_entropy(logits, targets), "logits": logits}
+    shares = counts.repeat_interleave(counts, output_size=len(targets)) * len(counts)
+    return {"loss": (F.cross_entropy(logits, targets, reduction="none") / shares).sum(), "logits": logits}
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -53,10 +58,15 @@ def load_language_model(
     """Load a causal language model (frozen) and its tokenizer, in NF4 with double quantisation or unquantised.
 
     `folder` stands in for the profile's model id. Raises ModelNotFound when the weights are nowhere to be had,
-    BundleError when a number of them is not finite, in the precision in which they were loaded.
+    BundleError when a number of them is not finite, in the precision in which they were loaded, ChatTemplateError for a
+    chat template that cannot be used.
     """
     folder = folder or find_model(config.model, config.revision)
     dtype = compute_dtype(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {config.model} has no end-of-sequence token; answers could not end")
+    chat = chat_format(tokenizer, config) if isinstance(config, LanguageModelConfig) else None
     options: dict[str, Any] = {}
     if config.quantisation == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -74,13 +84,14 @@ def load_language_model(
             if isinstance(module, Linear4bit):
                 # Else a CPU with AVX512-BF16 repacks the weights lossily at the first evaluation forward.
                 module.support_avx512bf16_for_cpu = False
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {config.model} has no end-of-sequence token; answers could not end")
+    ends = [tokenizer.eos_token_id]
+    if chat is not None:  # what ends the turn, and what else ends the model's texts
+        own = model.generation_config.eos_token_id
+        ends = [*{chat.end, *ends, *(own if isinstance(own, list) else [own])} - {None}]
     # Hub models bring sampling settings (temperature, top-p) that greedy and beam search would warn about.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     return model.eval().requires_grad_(False), tokenizer

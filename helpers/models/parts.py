@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,16 @@ AGAIN = "copy the bundle again, or train it anew"
 
 class BundleError(ValueError):
     """A bundle or weights that cannot be used: files, tensors, or the models that a bundle was trained on."""
+
+
+def padded_candidates(rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Token ids of the candidate answers of each row as one array [B, K, A], `IGNORED` where there is none."""
+    size = len(rows), max(map(len, rows)), max(len(tokens) for row in rows for tokens in row)
+    padded = np.full(size, IGNORED, dtype=np.int64)
+    for row, own in zip(padded, rows, strict=True):
+        for place, tokens in zip(row, own, strict=False):
+            place[: len(tokens)] = tokens
+    return padded
 
 
 def tensor_faults(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

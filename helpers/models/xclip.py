@@ -78,6 +78,11 @@ def portable_name(model_id: str) -> str:
     return path.name if os.path.isabs(path) else model_id
 
 
+def same_encoder(key: str, other: str) -> bool:
+    """Whether features of these `FrameEncoder.key`s are alike: the weights' digest decides, not the model's name."""
+    return key.rsplit("|", 4)[-4:] == other.rsplit("|", 4)[-4:]
+
+
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn a boolean mask (True: attend) into one that is added to attention scores, of the same shape.
 

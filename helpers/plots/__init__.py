@@ -23,6 +23,7 @@ from helpers.plots.tgif_qa import (
     accuracy_by_length,
     accuracy_by_type,
     groups_comparison,
+    ladder,
     reliability,
     scores_with_baselines,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "gallery",
     "groups_comparison",
     "image_tag",
+    "ladder",
     "literal",
     "loss_curve",
     "reliability",

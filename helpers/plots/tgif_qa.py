@@ -215,3 +215,23 @@ def reliability(tables: dict[str, pd.DataFrame], errors: dict[str, float]) -> Fi
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle("Reliability: how often the model is right when it is this sure")
     return figure
+
+
+@plt.rc_context(STYLE)
+def ladder(table: pd.DataFrame, name: str) -> Figure:
+    """A panel a task: what each row of a ladder scores, mean over seeds with its 95 % interval (`sweeps.runs`)."""
+    require_rows(table, "rungs")
+    measures = [m for m in ("frameqa_accuracy", "action_accuracy", "transition_accuracy", "count_mse") if m in table]
+    figure, axes = new_figure(1, len(measures), (2.8 * len(measures) + 1.8, 1.2 + 0.45 * len(table)), sharey=True)
+    figure.suptitle(literal(f"Ladder {name!r}: mean of {int(table['seeds'].min())} seeds, 95 % intervals"))
+    y = np.arange(len(table))[::-1]
+    for axis, measure in zip(axes[0], measures, strict=True):
+        task = _task(measure)
+        scale = 1.0 if task == "count" else 100.0
+        half = (table[f"{measure}_high"] - table[measure]).where(lambda h: np.isfinite(h), 0.0)
+        axis.errorbar(table[measure] * scale, y, xerr=half * scale, fmt="o", color=TASK_COLORS[task], capsize=3)
+        unit = "squared error (lower is better)" if task == "count" else "accuracy (%)"
+        axis.set(title=TASK_LABELS[task], xlabel=unit)
+    axes[0, 0].set_yticks(y, [literal(row) for row in table["row"]])
+    axes[0, 0].set_ylabel("training")
+    return figure

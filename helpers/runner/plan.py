@@ -29,6 +29,7 @@ from helpers.runner.outcome import EXIT_CODES
 from helpers.stage.suite import COMMON_PARAMETERS, StageSpec, Suite, load_suite, model_of, suite_file
 from helpers.workspace.names import shown
 from helpers.workspace.place import runs_root
+from helpers.workspace.weights import ModelNotFound, find_model
 
 HELP = """examples:
   ./run_all.sh                                               the built-in world, on this machine
@@ -162,7 +163,7 @@ def sort_parameters(
                     parameters[stage][name] = parse_parameter(name, text, defaults[name])
         else:
             short = [key for key in keys if key.rpartition(".")[2] == name]
-            hint = f"did you mean {short[0]!r}?" if short else nearest(name, own + keys)
+            hint = f"did you mean {' or '.join(map(repr, short))}?" if short else nearest(name, own + keys)
             raise ConfigError(f"unknown parameter {name!r}; {hint}")
     return overrides, parameters
 
@@ -289,6 +290,25 @@ def _require_bundle(folder: Path, profile: Profile) -> None:
             )
 
 
+def _require_chat_template(profile: Profile) -> None:
+    """Refuse a language model whose chat template cannot be used, where its tokenizer is at hand: 01 fetches others."""
+    from transformers import AutoTokenizer
+
+    from helpers.models.chat import ChatTemplateError, chat_format
+
+    config = profile.language_model
+    try:
+        folder = find_model(config.model, config.revision, weights=False, fetch=False)
+    except ModelNotFound:
+        return
+    try:
+        chat_format(AutoTokenizer.from_pretrained(folder), config)
+    except ChatTemplateError as error:
+        raise ConfigError(str(error)) from error
+    except Exception as error:  # a damaged file makes the tokenizers library raise just that
+        raise ConfigError(f"language_model.model {config.model}: no tokenizer can be read: {error}") from error
+
+
 def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
     """Check everything that can be checked before a kernel starts; raises ConfigError or StageError."""
     suite = load_suite(suite_file())
@@ -322,6 +342,8 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
     if models := _own_models(suite, profile):
         overrides |= models
         profile = load_profile(profile_name, overrides)
+    if profile.language_model.chat and any("language_model.model" in spec.models for spec in specs):
+        _require_chat_template(profile)
     if any(spec.options.get(spec.copies) == "bundle" for spec in specs if args.bundle):
         _require_bundle(Path(args.bundle).expanduser(), profile)
     run = args.run or profile.name

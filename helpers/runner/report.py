@@ -166,9 +166,8 @@ def write_report(suite: Suite, run_folder: Path, profile: Profile) -> Path:
         if spec.overview:  # executed at the beginning, but read at the end
             body += _state(profile, run_folder)
         body += _figures(folder / f"{name}.ipynb", without=spec.overview)
-        if spec.prompt:
-            section, _, key = spec.prompt.partition(".")
-            body.append(f"<h3>Prompt</h3><pre>{_text(getattr(getattr(profile, section), key))}</pre>")
+        if prompt := manifest["metrics"].get(spec.prompt):
+            body.append(f"<h3>Prompt</h3><pre>{_text(prompt)}</pre>")
         body.append(f"<details><summary>All metrics</summary>{_pairs(_flat(manifest['metrics']))}</details>")
     body.append(f"<h2>Profile</h2>{_pairs(_flat(profile.model_dump()))}")
     if stages:

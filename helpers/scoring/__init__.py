@@ -10,6 +10,7 @@ from helpers.scoring.baselines import (
     shuffled_bounds,
     text_baselines,
 )
+from helpers.scoring.captions import caption_scores
 from helpers.scoring.intervals import DRAWN_AT_ONCE, bootstrap_interval, mean_interval, wilson_interval
 from helpers.scoring.text import normalise_vqa
 from helpers.scoring.tgif_qa import (
@@ -44,6 +45,7 @@ __all__ = [
     "bootstrap_interval",
     "breakdown",
     "calibration",
+    "caption_scores",
     "correctness",
     "coverage_table",
     "difference_table",

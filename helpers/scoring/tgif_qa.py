@@ -24,6 +24,8 @@ CONVENTIONS = {
     "action_accuracy_per_token": "option with the highest log-probability per token, terminator included",
     "transition_accuracy": "option with the highest summed log-probability, terminator included",
     "transition_accuracy_per_token": "option with the highest log-probability per token, terminator included",
+    "action_consistency": "same answer after the options in the prompt changed places",
+    "transition_consistency": "same answer after the options in the prompt changed places",
     "count_mse": "mean squared error against max(label, 1) (lower is better)",
     "count_mse_raw": "mean squared error against the raw label, 0 = once (lower is better)",
     "count_accuracy": "predicted number equals max(label, 1)",
@@ -109,6 +111,9 @@ def outcomes(predictions: pd.DataFrame, variant: str = "main") -> dict[str, pd.S
     for task in MULTIPLE_CHOICE:
         match(f"{task}_accuracy", task, "prediction", str)
         match(f"{task}_accuracy_per_token", task, "prediction_per_token", str)
+        rows = answered(task, "prediction_reordered")
+        if len(rows):
+            values[f"{task}_consistency"] = (rows["text"] == rows[prefix + "prediction"]).astype(float)
     rows = answered("count", "prediction")
     if len(rows):
         number, label = rows["text"].astype(float), rows["label"].astype(float)

@@ -192,13 +192,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name every setting that differs and decides the result; `old` may be of an earlier version of the suite."""
     ours, theirs = (deciding(settings.get("profile") or {}) for settings in (new, old))
-    theirs |= {name: before_of(name) for name in ours.keys() - theirs.keys() if "." in name}
+    for name in ours.keys() - theirs.keys():  # a key that a stage names alone, or a section, that did not exist then
+        theirs |= {name: before_of(name)} if "." in name else deciding({name: {}})
     for section, values in ours.items():
         if isinstance(values, Mapping) and isinstance(theirs.get(section), dict):
             of_content = [key for key, value in values.items() if isinstance(value, str) and value.startswith(CONTENT)]
             theirs[section] |= {key: _model(theirs[section].get(key)) for key in of_content}  # once, folders' names
     new = {name: value for name, value in new.items() if name in old or name != "beside"}
-    return differences({**old, "profile": theirs}, {**new, "profile": ours})
+    given = {name: dict(settings.get("parameters") or {}) for name, settings in (("old", old), ("new", new))}
+    given["old"] = dict.fromkeys(given["new"], "") | given["old"]  # a parameter that did not exist then was not given
+    theirs, ours = {"profile": theirs, "parameters": given["old"]}, {"profile": ours, "parameters": given["new"]}
+    return differences({**old, **theirs}, {**new, **ours})
 
 
 def check_conflict(folder: Path, settings: Mapping[str, Any]) -> None:

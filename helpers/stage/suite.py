@@ -54,9 +54,10 @@ class StageSpec(BaseModel):
     default: bool = True
     always: bool = False
     overview: str = ""  # heading under which it shows how far the run is: the report draws that anew
-    prompt: str = ""  # profile key of the prompt that the report shows
+    prompt: str = ""  # metric that is the prompt which the report shows
     gpu: bool = False
     probe: bool = False
+    epochs: list[str] = Field(default_factory=list)  # profile keys that count its passes over what it trains on
     push_if_named: list[str] = Field(default_factory=list)
     minutes: dict[str, float]
     gigabytes: dict[str, float]
@@ -117,8 +118,9 @@ def load_suite(path: Path) -> Suite:
         raise StageError(f"{path}: {error}") from error
     names = [spec.name for spec in suite.stages]
     for position, spec in enumerate(suite.stages):
-        if unknown := sorted({*spec.models} - {*profile_keys()}):
-            raise StageError(f"{path}: {spec.name}: models names {unknown}, which no profile has")
+        for name in ("models", "epochs"):
+            if unknown := sorted({*getattr(spec, name)} - {*profile_keys()}):
+                raise StageError(f"{path}: {spec.name}: {name} names {unknown}, which no profile has")
         if unknown := sorted({option.rstrip("/") for option in spec.options.values()} - {*OPTIONS}):
             raise StageError(f"{path}: {spec.name}: options names {unknown}; there are {', '.join(OPTIONS)}")
         read = [*spec.inputs, *spec.kaggle_sources]

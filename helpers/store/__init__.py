@@ -7,12 +7,15 @@ from helpers.store.shards import FRAME_SCHEMA, JOURNAL_SCHEMA, SOURCE_COLUMNS, S
 from helpers.store.tables import (
     BATCH_GIFS,
     BATCH_SECONDS,
+    CAPTION_SCHEMA,
     CONTRACT_VERSION,
     QUESTION_SCHEMA,
     SORT_GIFS,
     StoreError,
     keep,
+    read_captions,
     read_questions,
+    write_captions,
     write_questions,
     write_rejects,
 )
@@ -20,6 +23,7 @@ from helpers.store.tables import (
 __all__ = [
     "BATCH_GIFS",
     "BATCH_SECONDS",
+    "CAPTION_SCHEMA",
     "CONTRACT_VERSION",
     "FRAME_SCHEMA",
     "JOURNAL_SCHEMA",
@@ -38,9 +42,11 @@ __all__ = [
     "frames_key",
     "keep",
     "leave_out",
+    "read_captions",
     "read_questions",
     "shard_gifs",
     "upsert_features",
+    "write_captions",
     "write_questions",
     "write_rejects",
 ]

@@ -34,6 +34,7 @@ from helpers.store.tables import (
     read_parquet,
     recover_table,
     sync_table,
+    write_captions,
     write_parquet,
     write_questions,
     write_rejects,
@@ -80,7 +81,8 @@ class Sharded:
     questions: the kept rows with `gif_sha256`. rejects: item, where, reason of every GIF and question left out.
     sources: one row a GIF name: gif, gif_sha256, reason (None if kept), and digests of what it shows (None for a
     repetition of a file's bytes). gifs: distinct GIFs stored. near_duplicates: training GIFs that were kept though they
-    look like a test GIF: gif, test_gif, how many of 256 bits differ, and its training questions.
+    look like a test GIF: gif, test_gif, how many of 256 bits differ, and its training questions. captions: the kept
+    ones with `gif_sha256`.
     """
 
     questions: pd.DataFrame
@@ -88,12 +90,13 @@ class Sharded:
     sources: pd.DataFrame
     gifs: int
     near_duplicates: pd.DataFrame
+    captions: pd.DataFrame
 
 
 def shard_gifs(
     corpus: Corpus, folder: Path | str, data: "DataConfig", frames_per_group: int = 16, deadline: float = math.inf
 ) -> Sharded:
-    """Decode the GIFs that a corpus asks about into numbered frame shards; goes on where a killed run stopped.
+    """Decode the GIFs that a corpus asks or tells about into numbered frame shards; goes on where a killed run stopped.
 
     deadline: seconds from now after which no more GIFs are decoded.
 
@@ -101,8 +104,8 @@ def shard_gifs(
     once, under the first of their names. Sources that are URLs are fetched and their bytes dropped once decoded.
 
     Writes under `folder`: frames/shard-00000.lance ... (rows sorted by gif_sha256), frames/settings.json,
-    sources/shard-00000.parquet ... (what became of each name), questions.parquet, rejects.parquet and
-    near_duplicates.parquet.
+    sources/shard-00000.parquet ... (what became of each name), questions.parquet, captions.parquet, rejects.parquet
+    and near_duplicates.parquet.
 
     Raises:
         StoreError: the folder holds shards of other settings or GIFs, or no question is left.
@@ -110,7 +113,7 @@ def shard_gifs(
         DeadlineReached: the time was up before the last shard was done; what is decoded is kept.
     """
     folder, ends = Path(folder), time.monotonic() + deadline
-    names = sorted(set(corpus.questions.gif) & set(corpus.gifs))
+    names = sorted({*corpus.questions.gif, *corpus.captions.gif} & set(corpus.gifs))
     if not names:
         raise StoreError(f"The corpus {corpus.name} names no GIF that was found: nothing to shard. See its rejects.")
     remote = any(is_url(corpus.gifs[name]) for name in names)
@@ -136,8 +139,9 @@ def shard_gifs(
             known.update(_read_sources(folder, k).gif_sha256.dropna())
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
     sources = pd.concat([_read_sources(folder, k) for k in range(len(shards))], ignore_index=True)
-    questions, rejects = _match_questions(corpus, sources)
-    return _written(folder, Sharded(questions, rejects, sources, len(known), _near_duplicates(questions, sources)))
+    questions, captions, rejects = _match(corpus, sources)
+    near = _near_duplicates(questions, captions, sources)
+    return _written(folder, Sharded(questions, rejects, sources, len(known), near, captions))
 
 
 def leave_out(made: Sharded, folder: Path | str, rejects: pd.DataFrame) -> Sharded:
@@ -151,13 +155,14 @@ def leave_out(made: Sharded, folder: Path | str, rejects: pd.DataFrame) -> Shard
     table = pd.concat([made.rejects, rejects], ignore_index=True)
     if questions.empty:
         raise StoreError(f"No question is left. Commonest reasons: {_commonest(table)}.")
-    near = _near_duplicates(questions, made.sources)
+    near = _near_duplicates(questions, made.captions, made.sources)
     return _written(Path(folder), replace(made, questions=questions, rejects=table, near_duplicates=near))
 
 
 def _written(folder: Path, made: Sharded) -> Sharded:
-    """Write the tables of questions, rejects and near-duplicates, and give back what was made."""
+    """Write the tables of questions, captions, rejects and near-duplicates, and give back what was made."""
     write_questions(made.questions, folder / "questions.parquet")
+    write_captions(made.captions, folder / "captions.parquet")
     write_rejects(made.rejects, folder / "rejects.parquet")
     kinds = [pa.string(), pa.string(), pa.int64(), pa.int64()]
     schema = pa.schema(list(zip(NEAR_COLUMNS, kinds, strict=True)))
@@ -323,42 +328,58 @@ def _finish_shard(folder: Path, k: int) -> None:
     shutil.rmtree(_journal_path(folder, k))
 
 
-def _match_questions(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Give questions their GIF's sha, and leave out those without a GIF or that would leak a test GIF into training."""
-    questions = corpus.questions
+def _match(corpus: Corpus, sources: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Questions and captions with their GIF's sha, and the table of what is left out.
+
+    Left out is what has no usable GIF, or would leak a test GIF into training. Of GIFs with the same bytes a caption
+    that both have is kept once.
+    """
     sha = dict(zip(sources.gif, sources.gif_sha256, strict=True))
     reason = dict(zip(sources.gif, sources.reason, strict=True))
     rejects = [(gif, corpus.gifs[gif], why) for gif, why in reason.items() if why is not None]
-    unusable = [(row.question_id, row.gif) for row in questions.itertuples() if not isinstance(sha.get(row.gif), str)]
-    rejects += [
-        (question_id, gif, "its GIF was rejected" if gif in reason else "its GIF was not found")
-        for question_id, gif in unusable
-    ]
-    kept = questions.assign(gif_sha256=[sha.get(gif) for gif in questions.gif])
-    kept = kept[~kept.question_id.isin([question_id for question_id, _ in unusable])]
-    leaks = _leaks(kept, sources)
-    leaked = (kept.split == "train") & kept.gif.isin(leaks)
-    rejects += [
-        (gif, "train split", f"{leaks[gif]}: its {n} training questions left out")
-        for gif, n in kept[leaked].gif.value_counts().sort_index().items()
-    ]
-    kept = kept[~leaked].reset_index(drop=True)
+
+    def with_gif(table: pd.DataFrame, key: str) -> pd.DataFrame:
+        matched = table.assign(gif_sha256=[sha.get(gif) for gif in table.gif])
+        usable = matched.gif_sha256.map(lambda found: isinstance(found, str)).astype(bool)
+        rejects.extend(
+            (row[key], row["gif"], "its GIF was rejected" if row["gif"] in reason else "its GIF was not found")
+            for row in matched[~usable].to_dict("records")
+        )
+        return matched[usable].reset_index(drop=True)
+
+    questions, captions = with_gif(corpus.questions, "question_id"), with_gif(corpus.captions, "caption_id")
+    leaks = _leaks(_shown(questions, captions), sources)
+    leaked = [table[(table.split == "train") & table.gif.isin(leaks)] for table in (questions, captions)]
+    asked, told = (table.gif.value_counts() for table in leaked)
+    for gif in sorted({*asked.index, *told.index}):
+        lost = [f"{asked[gif]} training questions"] if gif in asked else []
+        lost += [f"{told[gif]} captions"] if gif in told else []
+        rejects.append((gif, "train split", f"{leaks[gif]}: its {' and '.join(lost)} left out"))
+    questions, captions = (
+        table.drop(out.index).reset_index(drop=True) for table, out in zip((questions, captions), leaked, strict=True)
+    )
     table = pd.concat([corpus.rejects, reject_table(rejects)], ignore_index=True)
-    if kept.empty:
+    if questions.empty:
         reasons = _commonest(table)
         raise StoreError(f"No question of the corpus {corpus.name} has a usable GIF. Commonest reasons: {reasons}.")
-    return kept, table
+    return questions, captions.drop_duplicates(["gif_sha256", "caption"], ignore_index=True), table
 
 
-def _leaks(questions: pd.DataFrame, sources: pd.DataFrame) -> dict[str, str]:
-    """By name, the GIFs of training questions that are a test GIF, by their bytes or by what they show, and why."""
+def _shown(questions: pd.DataFrame, captions: pd.DataFrame) -> pd.DataFrame:
+    """What is shown in which split: gif, split and gif_sha256 of every question and caption."""
+    columns = ["gif", "split", "gif_sha256"]
+    return pd.concat([questions[columns], captions[columns]], ignore_index=True)
+
+
+def _leaks(uses: pd.DataFrame, sources: pd.DataFrame) -> dict[str, str]:
+    """By name, the training GIFs that are a test GIF, by their bytes or by what they show, and why."""
     told = sources.dropna(subset="frames_sha256").drop_duplicates("gif_sha256")
     shows = told.set_index("gif_sha256").frames_sha256
-    digests = {"bytes": questions.gif_sha256, "frames": questions.gif_sha256.map(shows)}
-    names = questions.drop_duplicates("gif").gif
+    digests = {"bytes": uses.gif_sha256, "frames": uses.gif_sha256.map(shows)}
+    names = uses.drop_duplicates("gif").gif
     found: dict[str, str] = {}
     for what, digest in digests.items():
-        test = questions.assign(digest=digest)[questions.split == "test"].dropna(subset="digest")
+        test = uses.assign(digest=digest)[uses.split == "test"].dropna(subset="digest")
         first = dict(zip(test.digest[::-1], test.gif[::-1], strict=True))
         for gif, own in zip(names, digest[names.index], strict=True):
             if own in first:
@@ -366,16 +387,17 @@ def _leaks(questions: pd.DataFrame, sources: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def _near_duplicates(questions: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
+def _near_duplicates(questions: pd.DataFrame, captions: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
     """The training GIFs that look like a test GIF, each with the one that it is nearest to."""
     told = sources[sources.perceptual_hash.map(bool)].drop_duplicates("gif_sha256")
     hashes = told.set_index("gif_sha256").perceptual_hash
-    hashed = questions[questions.gif_sha256.isin(hashes.index)]
+    uses = _shown(questions, captions)
+    hashed = uses[uses.gif_sha256.isin(hashes.index)]
     train, test = (hashed[hashed.split == split].drop_duplicates("gif_sha256") for split in ("train", "test"))
     if train.empty or test.empty:
         return pd.DataFrame(columns=NEAR_COLUMNS)
     nearest, bits = nearest_hashes(hashes[train.gif_sha256].tolist(), hashes[test.gif_sha256].tolist())
-    asked = questions[questions.split == "train"].gif_sha256.value_counts()
-    columns = [train.gif.to_numpy(), test.gif.to_numpy()[nearest], bits, asked[train.gif_sha256].to_numpy()]
+    asked = questions[questions.split == "train"].gif_sha256.value_counts().reindex(train.gif_sha256, fill_value=0)
+    columns = [train.gif.to_numpy(), test.gif.to_numpy()[nearest], bits, asked.to_numpy()]
     table = pd.DataFrame(dict(zip(NEAR_COLUMNS, columns, strict=True)))
     return table[table.bits <= NEAR_BITS].sort_values(["bits", "gif"], ignore_index=True)

@@ -13,6 +13,7 @@ import lance
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from helpers.workspace.disk import remove, sync, whole
 from helpers.workspace.names import files_below
@@ -49,6 +50,47 @@ def read_questions(path: Path | str) -> pd.DataFrame:
     """Read a question table written by `write_questions`; `options` are lists again (pandas alone gives arrays)."""
     questions = pd.read_parquet(path)
     return questions.assign(options=[list(options) for options in questions.options])
+
+
+CAPTION_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("caption_id", "gif_sha256", "split", "caption")),
+        ("facts", pa.list_(pa.string())),
+    ]
+)
+
+
+def write_captions(captions: pd.DataFrame, path: Path | str) -> None:
+    """Write a caption table as Parquet: captions of GIFs, sorted by the unique `caption_id`.
+
+    Columns are those of `CAPTION_SCHEMA`; `facts` lists what the caption states, and is empty where that is unknown.
+    """
+    write_parquet(captions.sort_values("caption_id", ignore_index=True), Path(path), CAPTION_SCHEMA)
+
+
+def read_captions(path: Path | str) -> pd.DataFrame:
+    """Read a caption table written by `write_captions`; no rows where there is no file, as earlier versions wrote none.
+
+    Raises StoreError for a file that is no such table.
+    """
+    path = Path(path)
+    if not path.exists():
+        return CAPTION_SCHEMA.empty_table().to_pandas()
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise StoreError(
+            f"{path} cannot be read as a table ({_first_line(error)}): run 01 again with --force."
+        ) from error
+    if not table.schema.equals(CAPTION_SCHEMA):
+        found, wanted = (
+            ", ".join(f"{field.name} {field.type}" for field in one) for one in (table.schema, CAPTION_SCHEMA)
+        )
+        raise StoreError(
+            f"{path} is no table of captions: its columns are {found}, not {wanted}. Run 01 again with --force."
+        )
+    captions = table.to_pandas()
+    return captions.assign(facts=[list(facts) for facts in captions.facts])
 
 
 def write_rejects(rejects: pd.DataFrame, path: Path | str) -> None:

@@ -2,6 +2,7 @@
 
 from helpers.corpora.tasks import target_answer
 from helpers.models.parts import IGNORED
+from helpers.training.captions import Captions, align, caption_rows, choose_captions
 from helpers.training.checkpoints import (
     CONTRACT,
     HISTORY,
@@ -49,6 +50,7 @@ __all__ = [
     "WORKER",
     "AdapterTrainer",
     "BatchPlan",
+    "Captions",
     "CheckpointError",
     "Collator",
     "Job",
@@ -60,9 +62,12 @@ __all__ = [
     "StepPlan",
     "TrainResult",
     "TrainingError",
+    "align",
     "any_of",
     "barrier",
     "bucket",
+    "caption_rows",
+    "choose_captions",
     "commit_checkpoint",
     "find_checkpoint",
     "fit",

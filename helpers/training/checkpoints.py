@@ -79,27 +79,35 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return info
 
 
-def find_checkpoint(folder: Path, ours: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """Newest whole checkpoint in `folder` with its description, or None. Torn ones are passed over with a warning.
-
-    Raises CheckpointError if the checkpoint belongs to a run with other settings, data or parameters.
-    """
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Newest whole checkpoint in `folder` with its description, or None. Torn ones are passed over with a warning."""
     for path in reversed(_step_folders(folder)):
         try:
             info = _read_checkpoint(path)
-            theirs = info["fingerprint"]
+            info["fingerprint"].keys()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(f"checkpoint {path.name} is damaged ({error}); trying the one before it", stacklevel=2)
+            warnings.warn(f"checkpoint {path.name} is damaged ({error}); trying the one before it", stacklevel=3)
             continue
-        other = differences(deciding(theirs), deciding(ours), there="in the checkpoint")
+        return path, info
+    return None
+
+
+def find_checkpoint(folder: Path, ours: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """`newest_checkpoint` of a run of this identity.
+
+    Raises CheckpointError if it belongs to a run with other settings, data or parameters.
+    """
+    found = newest_checkpoint(folder)
+    if found:
+        path, info = found
+        other = differences(deciding(info["fingerprint"]), deciding(ours), there="in the checkpoint")
         if other:
             raise CheckpointError(
                 f"the checkpoint {path} is of another run:\n  "
                 + "\n  ".join(other)
                 + f"\nSet these back, give the run another name, or delete {folder} to train anew."
             )
-        return path, info
-    return None
+    return found
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:

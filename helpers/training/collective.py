@@ -71,15 +71,19 @@ class Shared:
     """A collator of this process's rows of each batch: every n-th one, which spreads long and short rows alike.
 
     A batch gets the key `share`, by which its mean loss must be multiplied so that the mean over all processes, and so
-    DDP's mean gradient, is the mean over the whole batch's answer tokens. A process that gets no row of a small batch
-    computes the first one with share 0, since DDP waits for all.
+    DDP's mean gradient, is the whole batch's loss. `counts` tells what a row counts in a mean loss: its tokens with
+    loss, or 1. The whole batch's loss is the mean over what its rows count; with `expected`, what a batch counts in the
+    mean over the run, it is the sum over them by that, and the key `weight` is that sum by that mean. A process that
+    gets no row of a small batch computes the first one with share 0, since DDP waits for all.
     """
 
     collator: Callable[[Sequence[Any]], dict[str, Any]]
-    answer_tokens: Callable[[Any], int]
+    counts: Callable[[Any], int]
+    expected: float | None = None
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Collate rows number rank, rank + world, ..."""
         own = rows[rank() :: world()]
-        total, part = (sum(self.answer_tokens(row) for row in some) for some in (rows, own))
-        return self.collator(own or rows[:1]) | {"share": world() * part / total}
+        total, part = (sum(self.counts(row) for row in some) for some in (rows, own))
+        whole = self.expected or total
+        return self.collator(own or rows[:1]) | {"share": world() * part / whole, "weight": total / whole}

@@ -4,7 +4,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
-from helpers.models.parts import IGNORED, on_cpu, require_finite
+from helpers.models.parts import on_cpu, require_finite
 from helpers.stage.pace import note_pace, probe_steps
 from helpers.training.checkpoints import (
     HISTORY,
     STATE,
     TENSORS,
+    CheckpointError,
     commit_checkpoint,
     find_checkpoint,
     load_tensors,
@@ -72,8 +73,12 @@ class Job:
     """What the stage's forecast calls the steps of this run."""
     follow: tuple[str, ...] = ()
     """Runs of as many steps that come after it, by their unit."""
-    answer_tokens: Callable[[Any], int] | None = None
-    """Number of tokens with loss of an item of `dataset`; needed to share a batch among processes."""
+    counts: Callable[[Any], int] | None = None
+    """What an item of `dataset` counts in a mean loss: its tokens with loss, or 1. Needed to share a batch among
+    processes, for `expected` and for `watched`."""
+    expected: float | None = None
+    """What a step counts in the mean over the run: the loss of a step is then a sum over this, so that its items weigh
+    as much as those of any other step. None: a step's loss is the mean over its own items."""
 
 
 class RunControl(TrainerCallback):
@@ -147,7 +152,7 @@ class AdapterTrainer(Trainer):
         if own is not None:
             model.config = own
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False  # the model's loss is the mean over its own answer tokens
+        self.model_accepts_loss_kwargs = False  # the model's loss is a mean over its own answers
         self.job, self.plan, self.folder = job, job.plan, folder
         self.pieces = 1  # batches that the present step takes the mean of
         self.share = 1.0  # what this process's loss counts, of several that train together
@@ -157,12 +162,13 @@ class AdapterTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan's batches. Without `prepare` the Trainer could not skip to a step exactly."""
-        options = {"batch_sampler": self.plan, "pin_memory": self.args.dataloader_pin_memory}
+        job, options = self.job, {"batch_sampler": self.plan, "pin_memory": self.args.dataloader_pin_memory}
+        collator = job.collator if job.counts is None else Shared(job.collator, job.counts, job.expected)
+        loader = DataLoader(self.train_dataset, collate_fn=collator, **options)
         if world() == 1:
-            return self.accelerator.prepare(DataLoader(self.train_dataset, collate_fn=self.job.collator, **options))
+            return self.accelerator.prepare(loader)
         # The collator shares out each batch; accelerate would give whole batches to the processes in turn.
-        shared = DataLoader(self.train_dataset, collate_fn=Shared(self.job.collator, self.job.answer_tokens), **options)
-        return prepare_data_loader(shared, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, as its share of the step's."""
@@ -173,12 +179,15 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass, or one for each of a list of batches, noted in the history."""
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
-        if world() > 1:
-            self.share = inputs.pop("share")
+        weight = 1.0  # of this step, beside the mean step
+        if self.job.counts is not None:
+            self.share, weight = inputs.pop("share"), inputs.pop("weight")
+        # What is clipped is the mean gradient of the step's items: a step of many is cut no sooner than one of few.
+        self.args.max_grad_norm = self.job.max_grad_norm * weight
         pieces = inputs if isinstance(inputs, list) else [inputs]
         self.pieces = len(pieces)
         loss = sum(super(AdapterTrainer, self).training_step(model, piece, num_items_in_batch) for piece in pieces)
-        self.recorder.add(loss.detach(), rates)
+        self.recorder.add(loss.detach() / weight, rates)
         return loss
 
     def log_history_so_far(self, window: int) -> None:
@@ -230,18 +239,25 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_tensors(self.model, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            moments = self.optimizer.state_dict()["state"].items()
+            tensors = {f"{number}.{name}": tensor for number, state in moments for name, tensor in state.items()}
+            advice = f"delete {checkpoint} to go on from the one before it"
+            require_finite(tensors, Path(checkpoint) / "optimizer.pt", advice, CheckpointError)
+
 
 @torch.no_grad()
-def mean_loss(forward: Callable, model: nn.Module, loader: Any) -> float:
-    """Mean loss over all answer tokens of `loader`'s batches, in nats a token, without drawing a random number."""
+def mean_loss(forward: Callable, model: nn.Module, batches: Iterable[tuple[dict[str, Any], int]]) -> float:
+    """Mean loss, in nats, over batches with what each of them counts in it, without drawing a random number."""
     model.eval()
     total = count = 0.0
     place = next(model.parameters()).device
-    for batch in loader:
+    for batch, weight in batches:
         batch = {k: v.to(place) if v is not None else None for k, v in batch.items()}
-        tokens = int((batch["labels"] != IGNORED).sum())
-        total += float(forward(**batch)["loss"]) * tokens
-        count += tokens
+        total += float(forward(**batch)["loss"]) * weight
+        count += weight
     return total / count
 
 
@@ -333,7 +349,7 @@ def _run(
 
     done = len(trainer.recorder.rows)
     # `model_wrapped` is the model as prepared by accelerate: it casts as the training step does.
-    evaluate = (lambda: mean_loss(trainer.model_wrapped, trainer.model, _pieces(job))) if job.watched else None
+    evaluate = (lambda: mean_loss(trainer.model_wrapped, trainer.model, _watched(job))) if job.watched else None
     trainer.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1) if rank() == 0 else None
     trainer.display = LossDisplay(len(trainer.plan), done) if progress else None
     try:
@@ -355,11 +371,10 @@ def _run(
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; saved, so running again goes on")
 
 
-def _pieces(job: Job) -> Iterator[dict[str, Any]]:
-    """The watched batches, collated, one after another."""
+def _watched(job: Job) -> Iterator[tuple[dict[str, Any], int]]:
+    """The watched batches, collated, one after another, with what each counts."""
     for rows in job.watched:
-        batch = job.collator(rows)
-        yield from batch if isinstance(batch, list) else [batch]
+        yield job.collator(rows), sum(map(job.counts, rows))
 
 
 def _result(plan: StepPlan, recorder: Recorder, seconds: float) -> TrainResult:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from helpers.config import PACING, Profile, TrainingConfig
-from helpers.corpora.tasks import target_answer
+from helpers.corpora.schema import RowError, question_row
+from helpers.corpora.tasks import MULTIPLE_CHOICE, target_answer
 from helpers.models.connectors import video_tokens
-from helpers.models.parts import IGNORED
-from helpers.training.checkpoints import CONTRACT, trainable
+from helpers.models.parts import IGNORED, padded_candidates
+from helpers.training.checkpoints import CONTRACT, CheckpointError, load_tensors, newest_checkpoint, trainable
 from helpers.training.collective import TrainingError, world
 from helpers.training.engine import Job, TrainResult, fit
 from helpers.training.plan import BatchPlan
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     from helpers.store.features import FeatureTable
 
 
+STEPS = "steps"
 TWIN = "steps of the blind twin"  # what is trained after the model, on the same batches
+ALIGNMENT = "steps of the alignment"  # what is trained before it, with the adapter held still
 WORKER = "helpers.training.worker"  # started as a process of its own, so that no face imports it
 PARTS = {"mit": "learning_rate_mit", "connector": "learning_rate_connector", "language_model": "learning_rate_lora"}
 
@@ -43,64 +47,138 @@ def hold_out(questions: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataF
     return questions[~held], questions[held]
 
 
-class QADataset(Dataset):
-    """Questions, tokenised once. An item is asked for as (row, groups): the row, and how many groups of 16 frames."""
+class Row(NamedTuple):
+    """A question to train on, in tokens; `wrong` are the options that its answer is compared with, if any."""
 
-    def __init__(self, model: GifQAModel, questions: pd.DataFrame, *, options_in_prompt: bool = False):
-        """`model` gives `encode_prompt` and `encode_answer`; `questions` has the columns of the QA table."""
+    prompt: list[int]
+    answer: list[int]
+    gif: str
+    groups: int
+    wrong: Sequence[list[int]] = ()
+
+
+class QADataset(Dataset):
+    """Questions in tokens. An item is asked for as (row, groups, epoch): the row, how many groups of 16 frames it sees,
+    and the epoch, which with the row decides the order in which a prompt lists its options."""
+
+    def __init__(
+        self,
+        model: GifQAModel,
+        questions: pd.DataFrame,
+        *,
+        options_in_prompt: bool = False,
+        choice: bool = False,
+        seed: int = 0,
+    ):
+        """`model` gives `encode_prompt` and `encode_answer`; `questions` has the columns of the QA table.
+
+        choice: rows bring their wrong options; seed: of the orders of options. Raises TrainingError, naming the
+        question, for options that cannot be chosen from, where they are needed.
+        """
         if questions.empty:
             raise TrainingError("no questions to train on: the table has no rows (is the split empty?)")
         self.gifs: list[str] = questions["gif_sha256"].tolist()
-        self.prompts: list[list[int]] = []
+        self.prompts: list[list[int]] = []  # options in the order of the table
         self.answers: list[list[int]] = []
+        self.wrong: list[list[list[int]]] = []
+        self.listed: list[tuple[str, ...]] = []
+        self.questions: list[str] = questions["question"].tolist()
+        self.encode_prompt, self.seed = model.encode_prompt, seed
         known: dict[Any, list[int]] = {}  # many questions and most answers occur again and again
+
+        def answer_tokens(text: str) -> list[int]:
+            if text not in known:
+                known[text] = model.encode_answer(text)
+            return known[text]
+
         for row in questions.itertuples():
-            options = tuple(row.options) if options_in_prompt and len(row.options) else None
-            key = (row.question, options)
+            options: tuple[str, ...] = ()
+            if (options_in_prompt or choice) and row.task in MULTIPLE_CHOICE:
+                _require_options(row)
+                options = tuple(row.options)
+            self.listed.append(options if options_in_prompt else ())
+            key = (row.question, self.listed[-1])
             if key not in known:
-                known[key] = model.encode_prompt(row.question, list(options) if options else None)
+                known[key] = model.encode_prompt(row.question, list(self.listed[-1]) or None)
             self.prompts.append(known[key])
-            answer = target_answer(row.task, row.answer, row.label)
-            if answer not in known:
-                known[answer] = model.encode_answer(answer)
-            self.answers.append(known[answer])
-        self.text_lengths = np.array([len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)])
+            self.answers.append(answer_tokens(target_answer(row.task, row.answer, row.label)))
+            wrong = options[: row.label] + options[row.label + 1 :] if choice else ()
+            self.wrong.append([answer_tokens(text) for text in wrong])
+        rows = list(zip(self.prompts, self.answers, self.wrong, strict=True))
+        self.text_lengths = np.array([len(p) + len(a) + sum(map(len, wrong)) for p, a, wrong in rows])
+        self.longest = np.array([len(p) + max(map(len, [a, *wrong])) for p, a, wrong in rows])
+        """Tokens of each row's longest sequence: options that are compared do not stand behind each other."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int], str, int]:
-        row, groups = key
-        return self.prompts[row], self.answers[row], self.gifs[row], groups
+    def __getitem__(self, key: tuple[int, int, int]) -> Row:
+        row, groups, epoch = key
+        prompt, options = self.prompts[row], self.listed[row]
+        if options:
+            order = np.random.default_rng([self.seed, epoch, row]).permutation(len(options))
+            prompt = self.encode_prompt(self.questions[row], [options[i] for i in order])
+        return Row(prompt, self.answers[row], self.gifs[row], groups, self.wrong[row])
 
     def digest(self) -> str:
         """SHA-256 over tokens and GIFs of all rows, in order."""
         state = hashlib.sha256()
-        for row in zip(self.prompts, self.answers, self.gifs, strict=True):
-            state.update(repr(row).encode())
+        for *row, wrong in zip(self.prompts, self.answers, self.gifs, self.wrong, strict=True):
+            state.update(repr((*row, wrong) if wrong else tuple(row)).encode())
         return state.hexdigest()
+
+
+def dataset_of(model: GifQAModel, questions: pd.DataFrame, profile: Profile) -> QADataset:
+    """Questions as the profile asks and trains them."""
+    training, in_prompt = profile.training, profile.evaluation.options_in_prompt
+    choice = training.choice != "none"
+    return QADataset(model, questions, options_in_prompt=in_prompt, choice=choice, seed=training.seed)
+
+
+def _require_options(row: Any) -> None:
+    """Raise TrainingError, naming the question, unless its answer is one of two or more different options."""
+    names = ("question_id", "task", "question")
+    try:
+        checked = question_row(
+            gif="", split="", answer=str(row.label), options=row.options, **{name: getattr(row, name) for name in names}
+        )
+        if checked["answer"] != row.answer:
+            raise RowError(f"the answer {row.answer!r} is not the option {row.label} of {list(row.options)}")
+    except RowError as error:
+        raise TrainingError(
+            f"question {row.question_id} cannot be trained on as a choice: {error}. Mend it or leave it out"
+        ) from error
 
 
 class Collator:
     """Rows to one padded batch; the frame embeddings of all its GIFs come from the feature table in one call."""
 
-    def __init__(self, features: FeatureTable | None, pad_token_id: int):
-        """`features=None` makes batches without video, for the blind model."""
-        self.features, self.pad = features, pad_token_id
+    def __init__(self, features: FeatureTable | None, pad_token_id: int, *, choice: bool = False):
+        """`features=None` makes batches without video, for the blind model; choice: answers are candidates."""
+        self.features, self.pad, self.choice = features, pad_token_id, choice
 
-    def __call__(self, rows: Sequence[tuple[list[int], list[int], str, int]]) -> dict[str, torch.Tensor | None]:
-        """Return input_ids, attention_mask, labels [B, L] (right padded; labels on answers only), frames, lengths."""
-        size = (len(rows), max(len(prompt) + len(answer) for prompt, answer, _, _ in rows))
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor | None]:
+        """Return input_ids, attention_mask, labels [B, L] (right padded; labels on answers only), frames, lengths.
+
+        With `choice` input_ids are prompts alone, and in place of labels there are candidates [B, K, A]: the right
+        answer and the wrong ones.
+        """
+        answers = [[] if self.choice else row.answer for row in rows]
+        size = (len(rows), max(len(row.prompt) + len(answer) for row, answer in zip(rows, answers, strict=True)))
         ids = np.full(size, self.pad, dtype=np.int64)
         mask = np.zeros(size, dtype=np.int64)
         labels = np.full(size, IGNORED, dtype=np.int64)
-        for i, (prompt, answer, _, _) in enumerate(rows):
-            start, end = len(prompt), len(prompt) + len(answer)
-            ids[i, :start], ids[i, start:end], labels[i, start:end], mask[i, :end] = prompt, answer, answer, 1
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            start, end = len(row.prompt), len(row.prompt) + len(answer)
+            ids[i, :start], ids[i, start:end], labels[i, start:end], mask[i, :end] = row.prompt, answer, answer, 1
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if self.choice:
+            batch["candidates"] = padded_candidates([[row.answer, *row.wrong] for row in rows])
+        else:
+            batch["labels"] = labels
         batch = {name: torch.from_numpy(values) for name, values in batch.items()} | {"frames": None, "lengths": None}
         if self.features is not None:
-            frames, lengths = self.features.fetch([row[2] for row in rows], [row[3] for row in rows])
+            frames, lengths = self.features.fetch([row.gif for row in rows], [row.groups for row in rows])
             batch |= {"frames": torch.as_tensor(frames), "lengths": torch.as_tensor(lengths)}
         return batch
 
@@ -152,6 +230,34 @@ def run_identity(model: GifQAModel, dataset: QADataset, features: FeatureTable, 
     }
 
 
+@contextmanager
+def held_still(module: nn.Module) -> Iterator[None]:
+    """Nothing of `module` learns in this block; what learnt before it learns after it."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def start_from_alignment(model: GifQAModel, folder: Path | str) -> dict[str, Any]:
+    """Give `model` the connector (and MIT) of the finished alignment in `folder`, as `captions.align` left it there.
+
+    Returns what tells this alignment from others, for the identity of a run that builds on it. Raises CheckpointError
+    if it is not finished or does not fit the model.
+    """
+    found = newest_checkpoint(Path(folder) / "checkpoints")
+    if found is None or found[1]["step"] < found[1]["total_steps"]:
+        raise CheckpointError(f"{folder} holds no finished alignment to build on: run `align` to its end first")
+    path, info = found
+    with held_still(model.language_model):
+        load_tensors(model, path)
+    return {"alignment": info["fingerprint"]["alignment"], "captions": info["fingerprint"]["questions"]}
+
+
 def train(
     model: GifQAModel,
     questions: pd.DataFrame,
@@ -162,6 +268,7 @@ def train(
     deadline: float = math.inf,
     eval_questions: pd.DataFrame | None = None,
     progress: bool = True,
+    aligned: Path | str | None = None,
 ) -> TrainResult:
     """Train `model` on `questions` (rows of the QA table) from the frame embeddings in `features`, or go on with it.
 
@@ -169,33 +276,40 @@ def train(
     exactly where its newest checkpoint stands, and a finished one is only loaded. `deadline` is in seconds from now:
     the run stops before it, saves and returns 'partial', as it does on SIGTERM; on Ctrl-C it saves, then raises
     KeyboardInterrupt. `eval_questions` (if any) get their mean loss measured at the end of each epoch. A model without
-    video (`model.video` False) is trained on the same batches as one with video.
+    video (`model.video` False) is trained on the same batches as one with video. `aligned` is the folder of a finished
+    alignment (see `helpers.training.captions`), from whose connector training starts.
 
     Raises BundleError if the features are of another encoder than the model's, CheckpointError if `folder` holds a run
     of other settings or data, TooLong for a question that the window cannot hold, TrainingError if the loss diverges or
     nothing is learnt (see `learning`).
     """
     model.check_features(features.encoder_key)
+    built_on = start_from_alignment(model, aligned) if aligned else {}
+    aligning = not any(p.requires_grad for p in model.language_model.parameters())
+    if aligning:
+        built_on = {"alignment": profile.alignment.model_dump(mode="json")}
     if profile.training.gpus > 1 and world() == 1:
         options = {"video": model.video, "deadline": deadline, "eval_questions": eval_questions}
+        options |= {"aligning": aligning, "aligned": aligned}
         train_in_processes(profile.training.gpus, WORKER, questions, features.path, profile, folder, **options)
         deadline = 0.0  # what the processes left is loaded, no step is added
-    training, in_prompt = profile.training, profile.evaluation.options_in_prompt
-    dataset = QADataset(model, questions, options_in_prompt=in_prompt)
+    training, dataset = profile.training, dataset_of(model, questions, profile)
     _require_room(model, dataset, questions, features, max(training.groups))
     plan = plan_batches(dataset, features, profile)
     pad = model.tokenizer.pad_token_id
-    collator = Collator(features if model.video else None, pad if pad is not None else model.tokenizer.eos_token_id)
+    pad = pad if pad is not None else model.tokenizer.eos_token_id
+    collator = Collator(features if model.video else None, pad, choice=training.choice != "none")
     watched: list[Any] = []
     if eval_questions is not None and len(eval_questions):
-        kept_out = QADataset(model, eval_questions, options_in_prompt=in_prompt)
+        kept_out = dataset_of(model, eval_questions, profile)
         _require_room(model, kept_out, eval_questions, features, profile.evaluation.groups)
         watched = _watched_batches(kept_out, features, profile)
+    per_question = training.loss == "per_question"
     job = Job(
         dataset=dataset,
         plan=plan,
         collator=collator,
-        identity=run_identity(model, dataset, features, profile),
+        identity=run_identity(model, dataset, features, profile) | built_on,
         groups=parameter_groups(model, training),
         tokens=plan.text_tokens + (plan.video_tokens if model.video else 0),
         warmup=training.warmup_ratio,
@@ -205,10 +319,11 @@ def train(
         log_steps=training.log_steps,
         watched=watched,
         gradient_checkpointing=training.gradient_checkpointing,
-        adapter="language_model",
-        unit="steps" if model.video else TWIN,
-        follow=(TWIN,) if model.video else (),
-        answer_tokens=lambda item: len(item[1]),
+        adapter="connector" if aligning else "language_model",
+        unit=ALIGNMENT if aligning else STEPS if model.video else TWIN,
+        follow=(TWIN,) if model.video and not aligning else (),
+        counts=(lambda item: 1) if per_question else lambda item: len(item.answer),
+        expected=sum(map(len, plan.batches)) / len(plan) if per_question else None,
     )
     return fit(model, job, folder, deadline=deadline, progress=progress, parts=tuple(PARTS))
 
@@ -218,7 +333,7 @@ def _require_room(
 ) -> None:
     """Raise TooLong, naming the question, for one that the window cannot hold with `groups` groups of its GIF."""
     window, frames = model.window(), features.lengths(dataset.gifs, [groups] * len(dataset))
-    for name, needed in zip(questions["question_id"], dataset.text_lengths + window.video(frames), strict=True):
+    for name, needed in zip(questions["question_id"], dataset.longest + window.video(frames), strict=True):
         window.require_room(needed, f"question {name}")
 
 

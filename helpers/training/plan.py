@@ -63,7 +63,7 @@ class StepPlan(Sampler[list[Any]]):
 
 
 class BatchPlan(StepPlan):
-    """Batches of (row, groups) that hold a budget of tokens.
+    """Batches of (row, groups, epoch) that hold a budget of tokens.
 
     Each epoch draws a group count for each row and buckets the rows by the length that follows, both from the seed and
     the epoch's number alone. The plan does not depend on whether the model will see the video tokens.
@@ -82,7 +82,7 @@ class BatchPlan(StepPlan):
         if epochs <= 0:
             raise TrainingError(f"training.epochs is {epochs}: it must be above 0")
         self.groups = sorted(video_lengths)
-        planned: list[list[tuple[int, int]]] = []
+        planned: list[list[tuple[int, int, int]]] = []
         text, video, padded, epoch_of = [], [], [], []
         table = np.stack([video_lengths[g] for g in self.groups])
         rows_of_epoch = np.arange(len(text_lengths))
@@ -94,7 +94,7 @@ class BatchPlan(StepPlan):
             batches = bucket(lengths, tokens_per_step, rng)
             batches = batches[: math.ceil(min(1.0, epochs - epoch) * len(batches))]
             for i, rows in enumerate(batches):
-                planned.append([(int(r), self.groups[drawn[r]]) for r in rows])
+                planned.append([(int(r), self.groups[drawn[r]], epoch) for r in rows])
                 text.append(int(text_lengths[rows].sum()))
                 video.append(int(video_now[rows].sum()))
                 padded.append(int(lengths[rows].max()) * len(rows))

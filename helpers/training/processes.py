@@ -41,10 +41,13 @@ def train_in_processes(
     video: bool,
     deadline: float = math.inf,
     eval_questions: pd.DataFrame | None = None,
+    aligning: bool = False,
+    aligned: Path | str | None = None,
 ) -> None:
     """Training by `module` in `count` processes, one a GPU: what it did lies in `folder` as checkpoints.
 
-    module: entry point, started with the folder that holds `order.json` and the tables.
+    module: entry point, started with the folder that holds `order.json` and the tables. aligning, aligned: whether the
+    adapter is held still, and the folder of the alignment that training starts from.
     The caller's own model stays where it is: on the first GPU it takes its place beside that of the first process.
     The processes' output is printed here. SIGTERM and SIGINT are handed on: they save and end. Raises TrainingError if
     there are fewer GPUs, or with the end of the output if a process fails.
@@ -59,6 +62,8 @@ def train_in_processes(
         "features": str(Path(features).resolve()),
         "folder": str(folder.resolve()),
         "video": video,
+        "aligning": aligning,
+        "aligned": str(Path(aligned).resolve()) if aligned else None,
         "ends": ends if math.isfinite(ends) else None,
         "parent": os.getpid(),
     }

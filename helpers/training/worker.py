@@ -44,8 +44,11 @@ def main(work: Path) -> None:
     watched = work / "watched.parquet"
     profile = Profile.model_validate(order["profile"])
     try:
+        model = GifQAModel.build(profile, video=order["video"])
+        if order["aligning"]:
+            model.language_model.requires_grad_(False)
         train(
-            GifQAModel.build(profile, video=order["video"]),
+            model,
             pd.read_parquet(work / "questions.parquet"),
             FeatureTable(order["features"]),
             profile,
@@ -53,6 +56,7 @@ def main(work: Path) -> None:
             deadline=math.inf if order["ends"] is None else order["ends"] - time.time(),
             eval_questions=pd.read_parquet(watched) if watched.is_file() else None,
             progress=rank() == 0,
+            aligned=order["aligned"],
         )
     finally:
         dist.destroy_process_group()

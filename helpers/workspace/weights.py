@@ -43,7 +43,7 @@ def _has_small_files(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(any(folder.glob(name)) for name in TOKENIZERS)
 
 
-def _hub_model(model_id: str, revision: str | None, weights: bool) -> str:
+def _hub_model(model_id: str, revision: str | None, weights: bool, fetch: bool) -> str:
     """Return the folder of a hub snapshot, from the cache without network if it is complete there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -59,15 +59,15 @@ def _hub_model(model_id: str, revision: str | None, weights: bool) -> str:
             folder = snapshot_download(model_id, revision=revision, local_files_only=True, **patterns)
         except LocalEntryNotFoundError:
             folder = None
-        if folder is None or not complete(folder):
+        if fetch and (folder is None or not complete(folder)):
             folder = snapshot_download(model_id, revision=revision, **patterns)
-        if complete(folder):
+        if folder is not None and complete(folder):
             return folder
     lacks = "neither safetensors nor pytorch_model.bin files" if weights else "no config.json or no tokenizer"
     raise FileNotFoundError(f"the hub's {model_id} has {lacks}")
 
 
-SMALL = ("*.json", "*.txt", "*.model")
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 """Names of a model's files beside its weights, and those that hold a tokenizer."""
 
@@ -75,8 +75,8 @@ WAYS = {
     "GIFs": (
         "-p language_model.model FOLDER (video encoder: -p encoder.model FOLDER; in Python the arguments "
         "language_model and video_model)",
-        "the small ones that ship with the suite: -p language_model.model tiny/llama -p encoder.model tiny/xclip "
-        "-p data.image_size 64",
+        "the small ones that ship with the suite: -p language_model.model tiny/llama -p language_model.chat false "
+        "-p encoder.model tiny/xclip -p data.image_size 64",
     ),
     "ADEM-VL": (
         "-p adem.language_model FOLDER (image encoder: -p adem.vision_model FOLDER)",
@@ -87,10 +87,13 @@ WAYS = {
 """By system that asks for weights: how a folder is named, and what needs no weights."""
 
 
-def find_model(model_id: str, revision: str | None = None, system: str = "GIFs", *, weights: bool = True) -> str:
+def find_model(
+    model_id: str, revision: str | None = None, system: str = "GIFs", *, weights: bool = True, fetch: bool = True
+) -> str:
     """Return the local folder of a model's weights; system: the one of `WAYS` that asks, whose ways out are told.
 
     weights: without, nothing but configuration and tokenizer need be there, and nothing else is fetched.
+    fetch: without, nothing at all is fetched, and the network is not asked.
     Looked for in this order: the shipped `tiny/*` models, a folder given as `model_id`, a model attached on Kaggle,
     the Hugging Face cache or hub, `models/<name>` in the repository. Raises ModelNotFound with every way out.
     """
@@ -107,7 +110,7 @@ def find_model(model_id: str, revision: str | None = None, system: str = "GIFs",
     if attached := _attached_model(model_id):
         return str(attached)
     try:
-        return _hub_model(model_id, revision, weights)
+        return _hub_model(model_id, revision, weights, fetch)
     except Exception as error:  # gated, unknown, offline, no disk: all lead to the same ways out, with the cause named
         local = repo_root() / "models" / name
         if (local / "config.json").is_file():

@@ -181,6 +181,7 @@ def make_rows(model: GifQAModel, rows: int, gifs: int) -> pd.DataFrame:
         question += "?"
     return pd.DataFrame(
         {
+            "question_id": np.arange(rows).astype(str),
             "gif_sha256": (np.arange(rows) % gifs).astype(str),
             "task": "frameqa",
             "question": question,
@@ -197,6 +198,7 @@ def training_steps(folder: Path, shapes: Shapes, quantisation: str) -> dict[str,
         "encoder.model": str(folder / "xclip"),
         "language_model.model": str(folder / "llama"),
         "language_model.quantisation": quantisation,
+        "language_model.chat": False,  # the tiny tokenizer has no template
         "training.tokens_per_step": ROWS * TOKENS,
         "training.epochs": 1,
         "training.checkpoint_minutes": 600.0,

@@ -1,6 +1,7 @@
 """Own GIFs: the CSV format, its rejects, the hold-out, and writing it."""
 
 import csv
+import re
 import types
 import unicodedata
 
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 
 from helpers import corpora
+from helpers.config import load_profile
 from helpers.corpora import own_gifs
 from helpers.corpora.schema import CorpusError
 from helpers.gifs.decode import read_gif
@@ -63,9 +65,52 @@ def test_rows_of_every_task(gifs):
     assert corpus.gifs == {name: str(gifs / name) for name in ("cat.gif", "dog.gif", "sub/fox.gif")}
 
 
-def test_a_number_among_numeric_options_is_their_text(gifs):
-    path = write(gifs, HEADER, "cat.gif,action,How ?,2,3|2|1", "dog.gif,action,How ?,0,3|2|1")
-    assert own_gifs.load(gifs, path, holdout=0).questions.label.tolist() == [1, 0]
+@pytest.mark.parametrize(
+    ("rows", "kept", "left_out"),
+    [
+        (["3 of 1|2|3|4|5", "5 of 1|2|3|4|5"], ["3", "5"], []),  # there is no number 5: they are texts
+        (["3 of 1|2|3|4|5", "nod of nod|run"], ["3", "nod"], []),
+        (["3 of 1|2|3|4|5", "1 of 1|2|3|4|5"], [], [0, 1]),
+        (["3 of 1|2|3|4|5", "0 of 1|2|3|4|5"], ["1"], [0]),  # there is no text 0: numbers are in use
+        (["3 of 1|2|3|4|5", "0 of sit|nod", "run of nod|run"], ["sit", "run"], [0]),
+        (["2 of 3|2|1", "nod of nod|run", "0 of nod|run"], ["nod", "nod"], [0]),
+        (["1 of 3|1|2", "2 of 0|1|2|3"], ["1", "2"], []),  # both readings agree
+        (["1 of 3|1|2", "2 of 3|1|2", "0 of a1|b1"], ["1", "2", "a1"], []),
+        (["C of 1|2|3|4|5", "D of 1|2|3|4|5", "0 of sit|nod"], ["3", "4", "sit"], []),  # as the reason says
+        (["3.0 of 1.0|2.0|3.0|4.0"], [], [0]),
+        (["2 of a|2|1"], [], [0]),
+    ],
+)
+def test_a_number_that_is_one_options_text_and_anothers_number(gifs, rows, kept, left_out):
+    lines = [
+        CHOICE.format(n=n, answer=row.split(" of ")[0], options=row.split(" of ")[1]) for n, row in enumerate(rows)
+    ]
+    corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines, "dog.gif,frameqa,who ?,dog,"), holdout=0)
+    assert corpus.questions.answer.tolist() == [*kept, "dog"]
+    assert corpus.rejects["where"].tolist() == [f"qa.csv row {2 + number}" for number in left_out]
+
+
+@pytest.mark.parametrize(
+    ("options", "way"), [("1|2|3|4|5", r"its letter \(C or D\)"), ("1|2|3|4|a", "the options in words")]
+)
+def test_the_way_to_write_such_an_answer_is_told(gifs, options, way):
+    path = write(gifs, HEADER, CHOICE.format(n=0, answer="3", options=options), "dog.gif,frameqa,who ?,dog,")
+    [reason] = own_gifs.load(gifs, path, holdout=0).rejects.reason
+    assert re.fullmatch(
+        f"the answer '3' may be the option '3' or, counted from 0, number 3, which is '4': write {way}", reason
+    )
+
+
+def test_an_option_that_is_a_number_comes_back_as_it_was_written(gifs, tmp_path):
+    rows = [("how many ?", "3", "1|2|3|4|5"), ("how few ?", "1", "3|2|1"), ("what ?", "0", "1|0|2")]
+    table = []
+    for question, text, joined in rows:
+        options = joined.split("|")
+        row = {"question_id": question, "gif": "cat.gif", "split": "train", "task": "action", "question": question}
+        table.append(corpora.question_row(**row, answer=str(options.index(text)), options=options))
+    own_gifs.write_own_gifs_csv(corpora.question_table(table), tmp_path / "qa.csv")
+    read = own_gifs.load(gifs, tmp_path / "qa.csv", holdout=0)
+    assert read.questions.answer.tolist() == [text for _, text, _ in rows]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +128,8 @@ def test_a_number_among_numeric_options_is_their_text(gifs):
         ("cat.gif,action,what ?,d,a|b|c", "the answer 'd' is not one of the options"),
         ("cat.gif,action,what ?,a,a|b|a", "more than one of the options"),
         ("cat.gif,action,what ?,a,a||b", "none of them empty"),
+        ("cat.gif,action,what ?,b,a|b|a", r"two of the options are the same: \['a', 'b', 'a'\]"),
+        ("cat.gif,action,what ?,b,a|b|A", r"two of the options are the same: \['a', 'b', 'A'\]"),
         ("cat.gif,transition,what ?,0,", "needs two or more options"),
         ("cat.gif,count,how many ?,two,", "a count is an integer; found 'two'"),
         ("cat.gif,count,how many ?,2.5,", "a count is an integer; found '2.5'"),
@@ -266,7 +313,7 @@ CHOICE = "cat.gif,action,what {n} ?,{answer},{options}"
         ("spin", '"jump,spin,blink"', "spin"),
         ("c", '"jump, spin, blink"', "blink"),
         ("1", "jump;spin;blink", "spin"),
-        ("2", '"1,2,3"', "2"),
+        ("3", '"1,2,3"', "3"),
         ('"a, b"', '"a, b|c, d"', "a, b"),  # bars come before commas
     ],
 )
@@ -491,12 +538,12 @@ def test_what_is_left_out_is_one_line(gifs):
         ",,,,",
     ]
     corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines), holdout=0)
-    questions = corpus.questions
-    assert corpora.left_out(corpus, questions, corpus.gifs) == "1 of 4 rows and 0 GIFs left out: rejects.parquet"
+    questions, none = corpus.questions, corpus.captions
+    assert corpora.left_out(corpus, questions, none, corpus.gifs) == "1 of 4 rows and 0 GIFs left out: rejects.parquet"
     without_dog = questions[questions.gif != "dog.gif"]
-    assert corpora.left_out(corpus, without_dog, corpus.gifs) == "3 of 4 rows and 1 GIF left out: rejects.parquet"
+    assert corpora.left_out(corpus, without_dog, none, corpus.gifs) == "3 of 4 rows and 1 GIF left out: rejects.parquet"
     corpus = own_gifs.load(gifs, write(gifs, HEADER, *lines[:3]), holdout=0)
-    assert corpora.left_out(corpus, corpus.questions, corpus.gifs) == "nothing left out of 3 rows"
+    assert corpora.left_out(corpus, corpus.questions, none, corpus.gifs) == "nothing left out of 3 rows"
 
 
 def profile(corpus):
@@ -541,3 +588,112 @@ def test_natural_gifs(shared_data):
     test_gifs = set(corpus.questions.gif[corpus.questions.split == "test"])
     assert len(test_gifs) == round(0.2 * written.gif.nunique())
     assert not test_gifs & set(corpus.questions.gif[corpus.questions.split == "train"])
+
+
+def told(corpus):
+    return {tuple(row) for row in corpus.captions[["gif", "split", "caption"]].to_numpy().tolist()}
+
+
+def test_captions_in_a_column_and_in_rows_of_their_own(gifs):
+    path = write(
+        gifs,
+        HEADER + ",Caption",
+        "cat.gif,frameqa,what color is the cat ?,black,,a  black cat\u200b jumps",
+        "cat.gif,count,How many times does the cat jump ?,3,,a black cat jumps",  # as a sheet repeats it
+        "CAT,caption,,,,it sits",
+        "sub/fox,,,,,a fox",
+        "dog.gif,frameqa,what ?,dog,,",
+        "dog.gif,count,How many ?,eleven,,a dog",  # a bad answer makes no bad caption
+        "dog.gif,frameqa,what ?",
+        "bird,caption,,,,a bird",
+    )
+    corpus = own_gifs.load(gifs, path, holdout=0)
+    assert told(corpus) == {
+        ("cat.gif", "train", "a black cat jumps"),
+        ("cat.gif", "train", "it sits"),
+        ("sub/fox.gif", "train", "a fox"),
+        ("dog.gif", "train", "a dog"),
+    }
+    assert corpus.captions.caption_id.tolist() == ["cat.gif-1", "cat.gif-2", "sub/fox.gif-1", "dog.gif-1"]
+    assert corpus.questions.question_id.tolist() == ["qa-2", "qa-3", "qa-6"] and corpus.rows == 5 and corpus.told == 5
+    assert corpus.gifs == {name: str(gifs / name) for name in ("cat.gif", "dog.gif", "sub/fox.gif")}
+    assert corpus.rejects["where"].tolist() == ["qa.csv row 7", "qa.csv row 8", "qa.csv row 9"]
+    listed = corpora.left_out(corpus, corpus.questions, corpus.captions, corpus.gifs)
+    assert listed == "2 of 5 rows, 1 of 5 captions and 0 GIFs left out: rejects.parquet"
+    short = corpora.left_out(corpus, corpus.questions, corpus.captions.head(2), corpus.gifs)
+    assert short == "2 of 5 rows, 3 of 5 captions and 1 GIF left out: rejects.parquet"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("bird.gif,caption,,,,a bird", "there is no such GIF in the folder gifs"),
+        ("cat.gif,caption,,,,\u200b ", "the caption is empty"),
+        ("cat.gif,,,,,", "the caption is empty"),
+        ("cat.gif,caption,,a cat sits,,", "has its text in the column caption, and no question or answer"),
+        ("cat.gif,captoin,,,,a cat", "unknown task 'captoin'.*did you mean caption"),
+        ("cat.gif,,what ?,cat,,a cat", "unknown task ''"),
+        ("cat.gif,caption,,,,a \0 cat", "holds NUL characters"),
+    ],
+)
+def test_a_caption_that_cannot_be_used_is_listed(gifs, row, reason):
+    path = write(gifs, HEADER + ",caption", "cat.gif,frameqa,what ?,cat,,a cat", row, "dog.gif,frameqa,what ?,dog,,")
+    corpus = own_gifs.load(gifs, path, holdout=0)
+    assert told(corpus) == {("cat.gif", "train", "a cat")} and len(corpus.questions) == 2
+    assert corpus.rejects["where"].tolist() == ["qa.csv row 3"]
+    assert corpus.rejects.reason.str.contains(reason).all()
+
+
+def test_captions_without_their_column_or_without_questions(gifs):
+    path = write(gifs, HEADER, "cat.gif,frameqa,what ?,cat,", "cat.gif,caption,,,")
+    with pytest.raises(CorpusError, match=r"qa\.csv: row 3 is of the task caption, but there is no column caption"):
+        own_gifs.load(gifs, path)
+    path = write(gifs, HEADER + ",caption", "cat.gif,caption,,,,a cat")
+    with pytest.raises(CorpusError, match=r"No usable question is left of .*qa\.csv\. No row has a question\."):
+        own_gifs.load(gifs, path)
+
+
+def with_captions(gifs, count):
+    for number in range(count):
+        (gifs / f"g{number}.gif").touch()
+    asked = [f"g{number},frameqa,what ?,it,,g{number} shown" for number in range(count // 2)]
+    return asked, [f"g{number},,,,,g{number} shown" for number in range(count // 2, count)]
+
+
+@pytest.mark.parametrize(("holdout", "asked_test", "told_test"), [(0, 0, 0), (0.2, 4, 8), (1, 20, 40)])
+def test_captions_are_in_the_split_of_their_gif(gifs, holdout, asked_test, told_test):
+    asked, only = with_captions(gifs, 40)
+    corpus = own_gifs.load(gifs, write(gifs, HEADER + ",caption", *asked, *only), holdout=holdout)
+    splits = dict(zip(corpus.questions.gif, corpus.questions.split, strict=True))
+    assert all(splits.get(gif, split) == split for gif, split, _ in told(corpus)) and len(told(corpus)) == 40
+    assert (corpus.questions.split == "test").sum() == asked_test
+    assert (corpus.captions.split == "test").sum() == told_test
+    # captions of further GIFs change nothing for the questions, nor does the order of the rows
+    alone = own_gifs.load(gifs, write(gifs, HEADER, *(row[: row.rindex(",")] for row in asked)), holdout=holdout)
+    assert dict(zip(alone.questions.gif, alone.questions.split, strict=True)) == splits
+    turned = own_gifs.load(gifs, write(gifs, HEADER + ",caption", *only[::-1], *asked), holdout=holdout)
+    assert told(turned) == told(corpus)
+
+
+def test_a_split_column_decides_for_captions_and_a_test_gif_stays_one(gifs):
+    path = write(
+        gifs,
+        HEADER + ",caption,split",
+        "cat.gif,frameqa,what ?,cat,,,train",
+        "cat.gif,caption,,,,a cat,",  # of its GIF
+        "sub/fox.gif,caption,,,,a fox,test",
+        "sub/fox.gif,frameqa,what ?,fox,,a fox runs,train",
+        "dog.gif,caption,,,,a dog,valid",
+    )
+    profile = load_profile("tiny", {"data.corpus": "own_gifs"})
+    corpus = corpora.load(profile, folder="", gifs=gifs, qa=path)
+    assert told(corpus) == {
+        ("cat.gif", "train", "a cat"),
+        ("sub/fox.gif", "test", "a fox"),
+        ("sub/fox.gif", "test", "a fox runs"),
+    }
+    assert corpus.questions.gif.tolist() == ["cat.gif"] and set(corpus.gifs) == {"cat.gif", "sub/fox.gif"}
+    assert corpus.rejects.reason.tolist() == [
+        "unknown split 'valid'; the splits are train, test",
+        "also a test GIF: its 1 training questions are left out",
+    ]

@@ -421,3 +421,85 @@ def test_real_url_list_names_the_gifs(real, shared_data):
     action = real.questions[real.questions.task == "action"]
     found = action[action.gif.isin(sources)]
     assert found.groupby("split").gif.nunique().to_dict() == {"test": 2052, "train": 400}
+
+
+URL = "https://38.media.tumblr.com/9f/tumblr_{}.gif"
+TOLD = [
+    ("a", "a man  runs ."),
+    ("a", "someone runs ."),
+    ("c", 'a cat says "no"'),
+    ("b", "a dog nods ."),
+    ("d", "a bat ."),
+]
+
+
+def listed(rows, separator="\t"):
+    return "".join(f"{URL.format(name)}{separator}{caption}\r\n" for name, caption in rows)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_of_the_list_of_urls(folder, tmp_path, encoding):
+    urls = tmp_path / "tgif-v1.0.tsv"
+    urls.write_bytes((listed([*TOLD, ("x", "a man ."), ("a", "someone runs ."), ("y", "rain")])).encode(encoding))
+    corpus = tgif_qa.load(folder, urls)
+    assert corpus.captions.drop(columns="facts").to_numpy().tolist() == [
+        ["tumblr_a-1", "tumblr_a", "train", "a man runs ."],
+        ["tumblr_a-2", "tumblr_a", "train", "someone runs ."],
+        ["tumblr_c-1", "tumblr_c", "test", 'a cat says "no"'],
+        ["tumblr_b-1", "tumblr_b", "test", "a dog nods ."],  # a test GIF of one task, a training GIF of another
+        ["tumblr_d-1", "tumblr_d", "train", "a bat ."],
+    ]
+    assert corpus.captions.facts.tolist() == [[]] * 5 and corpus.told == 7  # what is told twice counts once
+    unknown = corpus.rejects[corpus.rejects.reason.str.contains("captions")].to_numpy().tolist()
+    what = "2 captions, this the first, are of GIFs that no question is left about: left out"
+    assert unknown == [["tumblr_x", "tgif-v1.0.tsv row 6", what]]
+
+
+def test_captions_beside_the_questions_of_gifs_in_a_folder(folder, tmp_path):
+    gifs = tmp_path / "gifs"
+    gifs.mkdir()
+    for name in "abcd":
+        (gifs / f"tumblr_{name}.gif").write_bytes(b"GIF89a")
+    assert tgif_qa.load(folder, gifs).captions.empty
+    (folder / "train").mkdir()
+    path = folder / "train" / "TGIF-v1.0.tsv"
+    path.write_text(listed(TOLD))
+    corpus = tgif_qa.load(folder, gifs)
+    assert corpus.captions.caption_id.tolist() == ["tumblr_a-1", "tumblr_a-2", "tumblr_c-1", "tumblr_b-1", "tumblr_d-1"]
+    assert corpus.rejects.reason.str.startswith("the GIF is not there").all()
+    urls = tmp_path / "urls.txt"  # a list without captions leaves the word to that file
+    urls.write_text("".join(f"{URL.format(name)}\n" for name in "ac"))
+    assert tgif_qa.load(folder, urls).captions.gif.unique().tolist() == ["tumblr_a", "tumblr_c"]
+    path.write_text(listed([(name, "") for name in "ab"], separator=""))
+    with pytest.raises(CorpusError, match=r"TGIF-v1\.0\.tsv: no row has a caption\. A row is the URL of a GIF, a TAB"):
+        tgif_qa.load(folder, gifs)
+    (folder / "tgif-v1.0.tsv").write_text(listed(TOLD))
+    with pytest.raises(CorpusError, match=r"holds 2 files of them \(tgif-v1\.0\.tsv, train/TGIF-v1\.0\.tsv\)"):
+        tgif_qa.load(folder, gifs)
+
+
+def test_captions_that_cannot_be_used_are_listed(folder, tmp_path):
+    urls = tmp_path / "urls.txt"
+    rows = [("a", " \u200b"), ("a", "a\0 man"), ("a", "a\tman"), ("c", "fine")]
+    urls.write_bytes(listed(rows).encode() + b"https://h.org/tumblr_d.gif\tcaf\xe9\nhttps://h.org/tumblr_d.gif\n")
+    corpus = tgif_qa.load(folder, urls)
+    assert corpus.captions.caption.tolist() == ["fine"] and set(corpus.gifs) == {"tumblr_a", "tumblr_c", "tumblr_d"}
+    broken = "the caption is not whole: it holds NUL characters or bytes that are no text"
+    rejects = corpus.rejects[corpus.rejects["where"].str.startswith("urls.txt row")].to_numpy().tolist()
+    assert rejects == [
+        ["tumblr_a", "urls.txt row 1", "the caption is empty"],
+        ["tumblr_a", "urls.txt row 2", broken],
+        ["tumblr_a", "urls.txt row 3", "3 columns, but a row is a URL, a TAB and a caption"],
+        ["tumblr_d", "urls.txt row 5", broken],
+        ["tumblr_d", "urls.txt row 6", "the caption is empty"],
+    ]
+
+
+def test_a_list_that_a_spreadsheet_saved(folder, tmp_path):
+    urls = tmp_path / "list.csv"
+    urls.write_text("sep=,\n" + listed([("a", '"a man, who says ""no"""'), ("c", "a cat")], separator=","))
+    corpus = tgif_qa.load(folder, urls)
+    assert corpus.captions[["gif", "caption"]].to_numpy().tolist() == [
+        ["tumblr_a", 'a man, who says "no"'],
+        ["tumblr_c", "a cat"],
+    ]

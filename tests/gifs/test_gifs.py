@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -276,7 +277,7 @@ BAD = {
     "bomb in a frame": (gif([frame_block(WHOLE, [0] * 16), frame_block((65000, 65000, 4, 4), [0] * 16)]), "frame 1"),
     "zero width": (gif([frame_block(WHOLE, [0] * 16)], size=(0, 4)), "canvas is empty"),
     "zero height": (gif([frame_block(WHOLE, [0] * 16)], size=(4, 0)), "canvas is empty"),
-    "empty frame": (gif([frame_block((0, 0, 0, 4), [0])]), "the first frame is damaged"),
+    "empty frames": (gif([frame_block((0, 0, 0, 4), []), frame_block((1, 1, 3, 0), [])]), "its frames are empty"),
     "too few pixels": (gif([frame_block(WHOLE, [0] * 5)]), "the first frame is damaged"),
     "descriptor cut off": (HEADER + b",\0\0\0", "truncated before the first frame"),
     "first frame cut off": (gif([frame_block(WHOLE, [0] * 16)], trailer=b"")[:-8], "the first frame is damaged"),
@@ -557,7 +558,7 @@ def test_closed_and_copied_pillow_images_are_told(tmp_path):
         for copy in (image.copy(), image.convert("RGB")):
             with pytest.raises(GifRejected, match="a copy of one frame of an animation: give the image"):
                 read_gif(copy)
-        del copy.info["duration"]
+        del copy.info["duration"], copy.info["version"]
         assert decode(read_gif(copy), image_size=8).num_frames == 1
     buffer = BytesIO(data)
     of_closed_file, still = Image.open(buffer), Image.new("RGB", (4, 4))
@@ -566,6 +567,88 @@ def test_closed_and_copied_pillow_images_are_told(tmp_path):
     for closed in (image, of_closed_file, still):
         with pytest.raises(GifRejected, match=r"is closed: .* give the file's path or bytes"):
             read_gif(closed)
+
+
+@pytest.mark.parametrize("save", [{}, {"loop": 0}, {"duration": 70}])
+@pytest.mark.parametrize("change", ["copy", "convert", "resize", "crop"])
+def test_a_copied_frame_is_told_by_whatever_its_info_keeps(save, change):
+    """Also where the file names neither times nor repetitions."""
+    first, *rest = (Image.new("L", (6, 6), level) for level in (0, 90, 200))
+    buffer = BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, **save)
+    arguments = {"convert": ("RGB",), "resize": ((3, 3),), "crop": ((0, 0, 4, 4),)}
+    with Image.open(buffer) as image:
+        assert image.n_frames == 3
+        copy = getattr(image, change)(*arguments.get(change, ()))
+    with pytest.raises(GifRejected, match="a copy of one frame of an animation: give the image") as error:
+        read_gif(copy)
+    for key in re.search(r"delete (.+) from the image's info", str(error.value))[1].split(" and "):
+        del copy.info[key]
+    assert decode(read_gif(copy), image_size=3).num_frames == 1
+
+
+def save_animation(file, format: str) -> list[np.ndarray]:
+    """Write three frames of thousands of colours, shown 50, 200 and 80 ms, and return them."""
+    frames = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8) for seed in range(3)]
+    first, *rest = map(Image.fromarray, frames)
+    lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(format, {})
+    first.save(file, format, save_all=True, append_images=rest, duration=[50, 200, 80], **lossless)
+    return frames
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_pillow_image_of_another_animation_gives_the_files_own_bytes(format, loaded, tmp_path):
+    path = tmp_path / "a.gif"  # as it is served
+    save_animation(path, format)
+    with Image.open(path) as image:
+        if loaded:
+            image.seek(1)
+            image.load()
+        assert read_gif(image) == path.read_bytes()
+        assert image.tell() == loaded
+
+
+def test_an_animation_whose_bytes_are_gone_keeps_its_colours_and_times():
+    """Pillow lets go of a stream once it has loaded a frame of a WebP file."""
+    buffer = BytesIO()
+    frames = save_animation(buffer, "WEBP")
+    image = Image.open(buffer)
+    image.load()
+    decoded = decode(read_gif(image), image_size=64)
+    np.testing.assert_array_equal(decoded.frames, frames)
+    assert decoded.frame_times_ms == [0, 50, 250] and decoded.duration_ms == 330
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_an_animation_that_is_not_read_from_its_bytes_is_taken_frame_by_frame(tmp_path):
+    save_animation(tmp_path / "a.avif", "AVIF")
+    with Image.open(tmp_path / "a.avif") as image:
+        expected = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+        decoded = decode(read_gif(image), image_size=64)
+    np.testing.assert_array_equal(decoded.frames, expected)
+    assert decoded.frame_times_ms == [0, 50, 250]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_photograph_keeps_its_colours(ending, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a.{ending}")
+    with Image.open(tmp_path / f"a.{ending}") as image:
+        opened = np.asarray(image)
+        image.putpixel((3, 3), (1, 2, 3))  # what the person sees counts, not the file
+        decoded = decode(read_gif(image), image_size=64).frames[0]
+    assert (decoded[3, 3] == (1, 2, 3)).all()
+    assert (decoded != opened).any(-1).sum() == 1
+    np.testing.assert_array_equal(decode(read_gif(Image.fromarray(pixels)), image_size=64).frames[0], pixels)
+
+
+def test_grey_of_16_bits_is_scaled(tmp_path):
+    levels = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16) + 37
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        decoded = decode(read_gif(image), image_size=16).frames[0]
+    np.testing.assert_array_equal(decoded[..., 0], levels // 256)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK", "LA", "I;16"])

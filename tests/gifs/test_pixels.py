@@ -47,6 +47,14 @@ def corner_cases() -> dict[str, bytes]:
         ]
         header = b"GIF89a" + u16(SIZE, SIZE) + bytes([0x81, background, 0]) + palette_bytes(PALETTE)
         cases[f"{place} {one}-{two} transparent {flags} background {background}"] = header + b"".join(blocks) + b";"
+    for box, disposal in product([(0, 0, 0, 0), (2, 1, 0, 3), (1, 2, 4, 0), (7, 7, 0, 0)], (None, 1, 2, 3)):
+        empty = block(rng, box, disposal, False, False, False)
+        first, last = (block(rng, (1, 1, 4, 4), one, False, False, False) for one in (1, 2))
+        for place in range(4):
+            blocks = [first, last, first]
+            blocks.insert(place, empty)
+            where = "beyond, " if max(box) > SIZE else ""
+            cases[f"{where}empty frame {box}, {disposal}, as number {place}"] = gif(blocks, size=(SIZE, SIZE))
     alone = block(rng, (2, 2, 2, 2), 2, False, False, False)
     cases["one frame"] = gif([alone], size=(SIZE, SIZE))
     cases["one frame, animated"] = gif([b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0", alone], size=(SIZE, SIZE))
@@ -103,7 +111,7 @@ def with_white_background(data: bytes) -> bytes:
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="FFmpeg is not installed")
 def test_corner_cases_equal_ffmpeg(tmp_path):
-    """All but those whose canvas a first frame enlarges, and those that tell no times, of which it drops frames."""
+    """All but those that reach beyond the canvas, and those that tell no times, of which it drops frames."""
     wrong = []
     for name, data in CASES.items():
         if not name.startswith("beyond") and "None-None" not in name:
@@ -262,7 +270,7 @@ def test_videos_give_their_frames_and_times_where_pyav_is_installed(container, c
 def test_videos_without_pyav_are_told_the_command(monkeypatch):
     monkeypatch.setattr(kinds.importlib.util, "find_spec", lambda name: None)
     for start in (b"\0\0\0\x18ftypmp42", b"\x1aE\xdf\xa3\x01"):
-        with pytest.raises(GifRejected, match=r"video .*ffmpeg -i FILE FILE\.gif.*pip install av"):
+        with pytest.raises(GifRejected, match=r"video .*ffmpeg -i FILE FILE\.gif.*pip install av, .*--force"):
             decode(start, image_size=8)
 
 

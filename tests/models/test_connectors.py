@@ -11,8 +11,8 @@ from helpers.models.connectors import build_connector, video_tokens
 KINDS = ["mlp", "qformer"]
 
 
-def config(kind: str) -> SimpleNamespace:
-    return SimpleNamespace(kind=kind, hidden=24, queries=5, heads=4)
+def config(kind: str, output_scale: str = "fixed", heads: int = 4) -> SimpleNamespace:
+    return SimpleNamespace(kind=kind, hidden=24, queries=5, heads=heads, output_scale=output_scale)
 
 
 def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,14 +72,40 @@ def test_qformer_knows_the_order_of_frames():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_video_tokens_start_at_the_size_of_word_embeddings(kind):
-    torch.manual_seed(0)
-    tokens, mask = build_connector(config(kind), 12, 20, output_rms=0.05)(*inputs())
-    assert tokens[mask].pow(2).mean().sqrt().item() == pytest.approx(0.05, rel=0.02)
+def test_video_tokens_start_at_the_size_of_word_embeddings_either_way(kind):
+    outputs = []
+    for scale in ("fixed", "learned"):
+        torch.manual_seed(0)
+        connector = build_connector(config(kind, scale), 12, 20, output_rms=0.05)
+        tokens, mask = connector(*inputs())
+        assert tokens[mask].pow(2).mean().sqrt().item() == pytest.approx(0.05, rel=0.02)
+        outputs.append(tokens)
+        assert ("output_norm.rms" in connector.state_dict()) == (scale == "fixed")
+        assert torch.equal(connector.output_norm.weight, torch.full((20,), 1.0 if scale == "fixed" else 0.05))
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", ["fixed", "learned"])
+def test_one_step_of_adam_moves_the_tokens_by_the_same_share_whatever_their_size(kind, scale):
+    """Of the size of a 3B model's embeddings and of a tiny one's; a gain that starts at the size moves by another."""
+    shares = []
+    for rms in (0.02, 1.3):
+        torch.manual_seed(0)
+        connector = build_connector(config(kind, scale), 12, 20, output_rms=rms)
+        optimizer = torch.optim.Adam(connector.parameters(), lr=2e-4, eps=1e-12)
+        before, mask = connector(*inputs())
+        wanted = torch.randn(20, generator=torch.Generator().manual_seed(1))
+        (before[mask] @ wanted).sum().backward()
+        optimizer.step()
+        moved = (connector(*inputs())[0] - before)[mask]
+        shares.append((moved.norm() / before[mask].norm()).item())
+    assert shares[1] > 1e-3
+    assert (shares[0] == pytest.approx(shares[1], rel=1e-3)) == (scale == "fixed")
 
 
 def test_unknown_kind_and_impossible_heads_are_refused():
     with pytest.raises(ValueError, match="perceiver"):
         build_connector(config("perceiver"), 12, 20)
     with pytest.raises(ValueError, match="multiple"):
-        build_connector(SimpleNamespace(kind="qformer", hidden=10, queries=2, heads=4), 12, 20)
+        build_connector(config("qformer", heads=5), 12, 20)

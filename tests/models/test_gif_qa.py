@@ -1,11 +1,13 @@
 """The question answering model against loops over the stock language model, one unpadded sequence at a time."""
 
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from helpers.models.parts import BundleError
 from helpers.models.xclip import FrameEncoder
 from helpers.store.frames import FrameTable
 from helpers.store.shards import shard_gifs
+from tests.chats import FAMILIES
 
 QUESTIONS = ["what color is the circle ?", "how many times does the square jump ?", "who ?"]
 ANSWERS = ["red", "10", "a small blue star"]
@@ -34,7 +37,7 @@ LENGTHS = [20, 0, 3]  # two groups; nothing to see; a short group beside an empt
 VARIANTS = {
     "llama": {},
     "nf4": {"language_model__quantisation": "nf4"},
-    "qformer": {"connector__kind": "qformer"},
+    "qformer": {"connector__kind": "qformer", "connector__output_scale": "fixed"},
     "ia3": {"language_model__adapter": "ia3", "language_model__target_modules": ["k_proj", "v_proj", "down_proj"]},
     "gpt2": {"gpt2": True, "language_model__target_modules": ["c_attn", "c_proj", "c_fc"]},
     "gpt2-nf4": {
@@ -43,6 +46,7 @@ VARIANTS = {
         "language_model__target_modules": ["all-linear"],
     },
     "blind": {"video": False},
+    "chat": {"language_model__chat": True},
 }
 
 
@@ -52,9 +56,11 @@ def variant(request):
 
 
 @pytest.fixture(scope="module")
-def build(make_model, tiny_gpt2_dir):
+def build(make_model, tiny_gpt2_dir, chat_dir):
     def make(variant, **more):
         options = VARIANTS[variant] | more
+        if options.get("language_model__chat"):
+            options["language_model__model"] = str(chat_dir("gemma"))
         if options.pop("gpt2", False):
             options["language_model__model"] = str(tiny_gpt2_dir)
         return make_model(**options)
@@ -93,16 +99,18 @@ def prompts(model: GifQAModel) -> list[list[int]]:
 
 
 def embed_alone(model: GifQAModel, text: list[int], frames: torch.Tensor) -> torch.Tensor:
-    """Embeddings [1, S, H] of one sequence built by hand: BOS, each group's valid video tokens, the other tokens."""
+    """Embeddings [1, S, H] of one sequence built by hand: its head, each group's valid video tokens, other tokens."""
     words = model.language_model.get_input_embeddings()(torch.tensor(text))
-    parts = [words[:1]]
+    chat = model.profile.language_model.chat
+    head = len(model.tokenizer.tokenize(FAMILIES["gemma"].head)) if chat else 1
+    parts = [words[:head]]
     for group in frames.split(16) if model.video else []:
         if len(group):
             padded, mask = torch.zeros(1, 16, 32), torch.arange(16)[None] < len(group)
             padded[0, : len(group)] = group
             tokens, token_mask = model.connector(padded, *model.mit(padded, mask), mask)
             parts.append(tokens[token_mask])
-    return torch.cat([*parts, words[1:]])[None]
+    return torch.cat([*parts, words[head:]])[None]
 
 
 def log_probs_alone(model: GifQAModel, prompt: list[int], answer: list[int], frames: torch.Tensor) -> torch.Tensor:
@@ -130,6 +138,96 @@ def test_batch_equals_one_unpadded_sequence_at_a_time(model):
     together = output["logits"].log_softmax(-1)[torch.arange(len(alone)), labels[labels != -100]]
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(output["loss"], -alone.mean(), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_loss_per_question_weighs_long_and_short_answers_alike(build):
+    """Against each row's own mean from the stock model; the answers have 4, 4 and 9 tokens."""
+    model = build("llama", training__loss="per_question")
+    frames, lengths = features()
+    alone = [
+        -log_probs_alone(model, prompt, model.encode_answer(answer), video[:length]).mean().item()
+        for prompt, answer, video, length in zip(prompts(model), ANSWERS, frames, lengths, strict=True)
+    ]
+    assert [len(model.encode_answer(answer)) for answer in ANSWERS] == [4, 4, 9]
+    assert model(**batch(model))["loss"].item() == pytest.approx(sum(alone) / 3, rel=1e-5)
+
+
+CHOICES = [["a small star", "red", "10", "it moves left", "a"], ["3"], ["blue", "a small blue star"]]
+"""Candidates of the three rows, the right one first; the second row has nothing to choose from."""
+
+
+def choice_batch(model: GifQAModel) -> dict[str, torch.Tensor]:
+    """The right-padded batch of the three prompts with their candidates."""
+    rows, answers = prompts(model), [[model.encode_answer(text) for text in texts] for texts in CHOICES]
+    width, longest = max(map(len, rows)), max(len(tokens) for row in answers for tokens in row)
+    ids, mask = torch.full((3, width), 2), torch.zeros(3, width, dtype=torch.long)
+    candidates = torch.full((3, 5, longest), -100)
+    for i, (prompt, own) in enumerate(zip(rows, answers, strict=True)):
+        ids[i, : len(prompt)], mask[i, : len(prompt)] = torch.tensor(prompt), 1
+        for k, tokens in enumerate(own):
+            candidates[i, k, : len(tokens)] = torch.tensor(tokens)
+    frames, lengths = features()
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "candidates": candidates,
+        "frames": frames,
+        "lengths": lengths,
+    }
+
+
+def choice_loss_alone(model: GifQAModel, choice: str, loss: str) -> torch.Tensor:
+    """The loss by a forward of the stock model for every candidate, one unpadded sequence at a time."""
+    total, weights = 0.0, 0
+    for prompt, texts, video, length in zip(prompts(model), CHOICES, *features(), strict=True):
+        tokens = [log_probs_alone(model, prompt, model.encode_answer(text), video[:length]) for text in texts]
+        scores = torch.stack([own.sum() for own in tokens])
+        compared = -torch.log(scores[0].exp() / scores.exp().sum())
+        own = -tokens[0].mean() + compared if choice == "beside" else compared if len(texts) > 1 else -tokens[0].mean()
+        weight = 1 if loss == "per_question" else len(tokens[0])
+        total, weights = total + own * weight, weights + weight
+    return total / weights
+
+
+@pytest.mark.parametrize("loss", ["per_question", "per_token"])
+@pytest.mark.parametrize("choice", ["beside", "instead"])
+def test_choosing_from_one_shared_prefix_is_a_forward_for_every_option(build, variant, choice, loss):
+    """Loss, scores and every gradient."""
+    together, alone = (build(variant, training__choice=choice, training__loss=loss) for _ in range(2))
+    output, expected = together(**choice_batch(together)), choice_loss_alone(alone, choice, loss)
+    torch.testing.assert_close(output["loss"], expected, atol=2e-5, rtol=1e-5)
+    for model, value in ((together, output["loss"]), (alone, expected)):
+        value.backward()
+        assert sum(p.grad is not None for p in model.parameters()) > 3
+    gradients = dict(alone.named_parameters())
+    for name, parameter in together.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-4, rtol=1e-3)
+    scores = together.score(prompts(together), CHOICES, *features())
+    for row, values in zip(output["scores"].tolist(), scores, strict=True):
+        assert row[: len(values)] == pytest.approx(values[:, 0].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "nf4", "gpt2"])
+def test_gradient_checkpointing_changes_no_gradient_of_a_choice(build, name):
+    plain, saving = (build(name, training__choice="beside").train() for _ in range(2))
+    saving.gradient_checkpointing_enable()
+    for model in (plain, saving):
+        model(**choice_batch(model))["loss"].backward()
+    gradients = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    for n, parameter in saving.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[n])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "margin"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+def test_autocast_in_16_bits_gives_the_choice_of_32(build, dtype, margin):
+    model = build("llama", training__choice="beside")
+    exact = model(**choice_batch(model))["loss"]
+    with torch.autocast("cpu", dtype=dtype):
+        assert model(**choice_batch(model))["loss"].item() == pytest.approx(exact.item(), rel=margin)
 
 
 @torch.no_grad()
@@ -214,9 +312,10 @@ def test_gradient_checkpointing_changes_no_gradient(build, name):
             torch.testing.assert_close(parameter.grad, gradients[n])
 
 
-def test_training_lowers_the_loss_of_video_dependent_answers(build):
+@pytest.mark.parametrize("name", ["llama", "chat"])
+def test_training_lowers_the_loss_of_video_dependent_answers(build, name):
     """Same question, different GIFs, different answers: only a model that reads the video tokens can fit them."""
-    model = build("llama").train()
+    model = build(name).train()
     inputs = batch(model)
     prompt, answers = model.encode_prompt(QUESTIONS[0]), [model.encode_answer(a) for a in ("1", "2", "3")]
     inputs["input_ids"] = torch.tensor([prompt + answer for answer in answers])
@@ -301,10 +400,12 @@ def test_build_is_repeatable_and_leaves_the_random_state_alone(make_profile):
 def greedy_alone(model: GifQAModel, prompt: list[int], frames: torch.Tensor) -> str:
     """Greedy decoding by hand: the whole sequence again for every token, no cache, no padding."""
     tokens: list[int] = []
+    told = ["</turn>", "<eos>", "<|eos|>"] if model.profile.language_model.chat else [model.tokenizer.eos_token]
+    ends = model.tokenizer.convert_tokens_to_ids(told)
     for _ in range(gif_qa.MAX_NEW_TOKENS):
         logits = model.language_model(inputs_embeds=embed_alone(model, prompt + tokens, frames)).logits
         token = int(logits[0, -1].argmax())
-        if token == model.tokenizer.eos_token_id:
+        if token in ends:
             break
         tokens.append(token)
     return model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -436,6 +537,10 @@ def test_impossible_inputs_are_refused(llama, build, tiny_gpt2_dir):
     with pytest.raises(BundleError, match="other-encoder"):
         llama.check_features("other-encoder")
     llama.check_features(llama.encoder_key)
+    name, _, content = llama.encoder_key.partition("|")
+    llama.check_features(f"moved/{name}|{content}")
+    with pytest.raises(BundleError, match="another"):
+        llama.check_features(llama.encoder_key.replace(content.split("|")[2], "another"))
 
 
 @pytest.mark.parametrize("name", ["c_attn", "proj"])
@@ -449,12 +554,12 @@ def test_target_modules_that_the_model_lacks_are_named(make_model, name):
 
 def reload(model: GifQAModel, folder, dirs) -> GifQAModel:
     model.save_bundle(folder, {"metrics": {"loss": 1.5}})
-    return load_bundle(folder, language_model=str(dirs[model.language_model.config.model_type]))
+    return load_bundle(folder, language_model=str(dirs[Path(model.profile.language_model.model).name]))
 
 
 @pytest.fixture(scope="module")
-def dirs(tiny_llama_dir, tiny_gpt2_dir):
-    return {"llama": tiny_llama_dir, "gpt2": tiny_gpt2_dir}
+def dirs(tiny_llama_dir, tiny_gpt2_dir, chat_dir):
+    return {folder.name: folder for folder in (tiny_llama_dir, tiny_gpt2_dir, chat_dir("gemma"))}
 
 
 @torch.no_grad()
@@ -471,7 +576,7 @@ def test_saved_and_reloaded_model_has_identical_logits(model, tmp_path, dirs):
 @torch.no_grad()
 def test_stock_peft_loads_the_adapter(model, tmp_path, dirs):
     folder = model.save_bundle(tmp_path / "bundle")
-    path = str(dirs[model.language_model.config.model_type])
+    path = str(dirs[Path(model.profile.language_model.model).name])
     base, _ = load_language_model(model.profile.language_model, torch.device("cpu"), path)
     ids = torch.arange(3, 40)[None]
     untrained = base(ids).logits
@@ -534,6 +639,23 @@ def test_faulty_tensors_are_named(llama, tmp_path, tiny_llama_dir, file, fault):
     with pytest.raises(BundleError, match=rf"{fault}.*") as error:
         load_bundle(path.parent, language_model=str(tiny_llama_dir))
     assert name in str(error.value)
+
+
+@torch.no_grad()
+def test_a_bundle_keeps_the_size_of_word_embeddings_where_its_gain_is_relative_to_it(build, tmp_path, tiny_llama_dir):
+    """Whatever the size is on the machine that loads it; in half precision it comes out a little different."""
+    model = build("llama", connector__output_scale="fixed")
+    words = model.language_model.get_input_embeddings().weight
+    assert model.connector.output_norm.rms.item() == pytest.approx(words.pow(2).mean().sqrt().item(), rel=1e-6)
+    model.connector.output_norm.rms.mul_(1.5)
+    path = model.save_bundle(tmp_path / "bundle") / "connector.safetensors"
+    loaded = load_bundle(path.parent, language_model=str(tiny_llama_dir))
+    assert torch.equal(loaded(**batch(loaded))["logits"], model(**batch(model))["logits"])
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    del tensors["connector.output_norm.rms"]
+    save_file(tensors, path)
+    with pytest.raises(BundleError, match=r"missing: connector\.output_norm\.rms"):
+        load_bundle(path.parent, language_model=str(tiny_llama_dir))
 
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
@@ -696,6 +818,36 @@ def test_options_are_answered_by_their_scores(qa):
     assert ours == pytest.approx(dict(zip(OPTIONS, probabilities, strict=True)), abs=1e-5)
     assert answer.text == OPTIONS[int(scores.argmax())]
     assert [p for _, p in answer.alternatives] == sorted((p for _, p in answer.alternatives), reverse=True)
+
+
+def test_a_bundle_asks_with_options_as_it_was_trained(qa, monkeypatch):
+    """Lettered, in an order of its own, whichever way they are given; where it lists none, the prompt has none."""
+    told = []
+    original = GifQAModel.score_tokens
+    monkeypatch.setattr(
+        GifQAModel,
+        "score_tokens",
+        lambda self, prompts, *rest: told.append(prompts[0]) or original(self, prompts, *rest),
+    )
+    profile, question = qa.model.profile, "what does it do ?"
+    for style, pattern in (
+        ("lettered", r"\nOptions:\n\(A\) (.+)\n\(B\) (.+)\n\(C\) (.+)\nAnswer:"),
+        ("listed", r"\nOptions: (.+); (.+); (.+)\nAnswer:"),
+    ):
+        update = {
+            "evaluation": profile.evaluation.model_copy(update={"options_in_prompt": True}),
+            "language_model": profile.language_model.model_copy(update={"option_style": style}),
+        }
+        monkeypatch.setattr(qa.model, "profile", profile.model_copy(update=update))
+        answers = [qa.answer(None, question, list(order)) for order in itertools.permutations(OPTIONS)]
+        prompt = qa.model.tokenizer.decode(told[-1])
+        found = re.fullmatch(rf"<\|bos\|>Question: what does it do \?{pattern}", prompt)
+        assert sorted(found.groups()) == sorted(OPTIONS)
+        assert {answer.text for answer in answers} == {answers[0].text} and told[-6:] == [told[-1]] * 6
+        assert [answer.confidence for answer in answers] == pytest.approx([answers[0].confidence] * 6, rel=1e-4)
+    monkeypatch.setattr(qa.model, "profile", profile)
+    qa.answer(None, question, OPTIONS)
+    assert qa.model.tokenizer.decode(told[-1]) == "<|bos|>Question: what does it do ?\nAnswer:"
 
 
 def test_frames_are_those_that_the_store_keeps(qa, tmp_path, monkeypatch):

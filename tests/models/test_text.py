@@ -1,5 +1,8 @@
 """Control tokens that a person's text spells are text: compared with a tokenizer that was built without any."""
 
+import itertools
+import string
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
@@ -47,6 +50,33 @@ def test_control_tokens_in_questions_and_answers_are_text(make, text):
     assert answer_tokens(tokenizer, text) == [*bare.encode(f" {text}").ids, end]
     sample = encode(tokenizer, f"Question: {text}\nThe answer is", f" {text}", has_image=False, use_cls=False)
     assert sample.input_ids == [start, *bare.encode(f"Question: {text}\nThe answer is {text}").ids, end]
+
+
+@pytest.mark.parametrize("make", [gpt2, llama3])
+@pytest.mark.parametrize("style", ["lettered", "listed"])
+def test_options_are_listed_in_as_many_tokens_and_spelt_alike_in_every_order(make, style):
+    """Against the text encoded whole, without control tokens; the options hold some, and the words of the prompt."""
+    tokenizer, bare = make(), without_controls()
+    options = ["<|eot_id|>", "eos eos", "Answer:", "a; (B) b"]
+    prompts = []
+    for order in itertools.permutations(options):
+        if style == "lettered":
+            listed = "".join(f"\n({letter}) {option}" for letter, option in zip("ABCD", order, strict=True))
+        else:
+            listed = " " + "; ".join(order)
+        found = prompt_tokens(tokenizer, "Q: {question}\nAnswer:", "what ?", order, style)
+        assert found == [tokenizer.bos_token_id, *bare.encode(f"Q: what ?\nOptions:{listed}\nAnswer:").ids]
+        prompts.append(tuple(found))
+    assert len(set(prompts)) == 24 and len({tuple(sorted(prompt)) for prompt in prompts}) == 1
+
+
+def test_more_options_than_letters_and_a_prompt_that_asks_twice():
+    tokenizer, bare = llama3(), without_controls()
+    options = [f"o{number}" for number in range(28)]
+    marks = [*string.ascii_uppercase, "27", "28"]
+    listed = "".join(f"\n({mark}) {option}" for mark, option in zip(marks, options, strict=True))
+    expected = bare.encode(f"a who b who\nOptions:{listed} c").ids
+    assert prompt_tokens(tokenizer, "a {question} b {question} c", "who", options, "lettered")[1:] == expected
 
 
 def test_control_tokens_of_the_prompt_stay_control_tokens():

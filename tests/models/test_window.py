@@ -39,18 +39,35 @@ CASES = [
 
 @pytest.mark.parametrize(("task", "split", "fields", "behind", "frames"), CASES)
 @pytest.mark.parametrize("in_prompt", [False, True])
-@pytest.mark.parametrize("kind", ["mlp", "qformer"])
-def test_the_longest_sequence_decides_to_the_token(make_profile, task, split, fields, behind, frames, in_prompt, kind):
-    """Counted from the texts by the stock tokenizer: with exactly that room a question is kept, with one less not."""
-    profile = make_profile(evaluation__options_in_prompt=in_prompt, connector__kind=kind)
+@pytest.mark.parametrize("choice", ["none", "instead"])
+@pytest.mark.parametrize(("kind", "chat"), [("mlp", False), ("qformer", False), ("mlp", True)])
+def test_the_longest_sequence_decides_to_the_token(
+    make_profile, chat_dir, task, split, fields, behind, frames, in_prompt, kind, chat, choice
+):
+    """Counted from the texts by the stock tokenizer: with exactly that room a question is kept, with one less not.
+
+    Where options are compared in training, the longest of them needs room too; where they are lettered, so do letters.
+    """
+    style = "lettered" if choice == "instead" else "listed"
+    keys = {"training__choice": choice, "language_model__option_style": style}
+    keys |= {"language_model__model": str(chat_dir("gemma")), "language_model__chat": True} if chat else {}
+    profile = make_profile(evaluation__options_in_prompt=in_prompt, connector__kind=kind, **keys)
+    if choice == "instead" and "options" in fields:
+        behind = fields["options"]
     tokenizer = AutoTokenizer.from_pretrained(profile.language_model.model)
     question = "what color is the circle ? " * 9
     table = asked(task, question, split, **fields)
-    listed = "\nOptions: " + "; ".join(fields["options"]) if in_prompt and "options" in fields else ""
-    text = f"<|bos|>Question: {question}{listed}\nAnswer:"
+    listed = ""
+    if in_prompt and "options" in fields:
+        shown = fields["options"]
+        lines = [f"\n({letter}) {option}" for letter, option in zip("AB", shown, strict=True)]
+        listed = "\nOptions:" + ("".join(lines) if style == "lettered" else " " + "; ".join(shown))
+    text = f"Question: {question}{listed}\nAnswer:"
+    text = f"<bos><turn>user\n{text}</turn>\n<turn>model\n" if chat else f"<|bos|>{text}"
+    space, end = ("", "</turn>") if chat else (" ", "<|eos|>")
     groups = (frames + 15) // 16
     needed = len(tokenizer.tokenize(text)) + (frames + groups if kind == "mlp" else 4 * groups)
-    needed += max(len(tokenizer.tokenize(f" {t}<|eos|>")) for t in behind) if behind else 24 + 1
+    needed += max(len(tokenizer.tokenize(f"{space}{t}{end}")) for t in behind) if behind else 24 + 1
     assert Window(tokenizer, needed, profile).too_long(table, FRAMES).empty
     found = Window(tokenizer, needed - 1, profile).too_long(table, FRAMES)
     assert found[["item", "where"]].values.tolist() == [["q", "short"]]

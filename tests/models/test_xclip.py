@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import XCLIPModel
 
 from helpers.models.parts import BundleError
-from helpers.models.xclip import FrameEncoder, MaskedMIT, attention_implementation, load_xclip
+from helpers.models.xclip import FrameEncoder, MaskedMIT, attention_implementation, load_xclip, same_encoder
 
 try:  # needs no torchvision; transformers 5.0 has it under the plain name
     from transformers import VideoMAEImageProcessorPil as VideoMAEImageProcessor
@@ -158,6 +158,14 @@ def test_stock_model_is_left_as_it_was(xclip):
 def test_key_tells_encoders_apart(xclip):
     keys = {FrameEncoder(xclip, "a").key, FrameEncoder(xclip, "b").key, FrameEncoder(xclip, "a", "c0ffee").key}
     assert len(keys) == 3
+
+
+def test_a_moved_folder_gives_the_same_features_and_other_weights_do_not(xclip):
+    key = FrameEncoder(xclip, "/models/a|b", "c0ffee").key
+    assert same_encoder(key, FrameEncoder(xclip, "elsewhere/x").key)
+    for part in key.rsplit("|", 4)[1:]:  # frames and pixels, preprocessing, weights, contract
+        assert not same_encoder(key, key.replace(f"|{part}", "|other"))
+    assert same_encoder("toy", "toy") and not same_encoder("toy", "other")
 
 
 def test_key_tells_weights_apart_and_not_precision(xclip):

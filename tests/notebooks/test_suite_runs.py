@@ -13,6 +13,7 @@ import pytest
 from helpers.workspace.place import repo_root
 
 SMALL = ["-p", "training.epochs", "0.5", "-p", "evaluation.bootstrap", "50", "-p", "data.workers", "1"]
+SMALL += ["-p", "alignment.epochs", "1"]
 SMALL += ["-p", "adem.world_train", "64", "-p", "adem.world_test", "30", "-p", "adem.epochs", "1"]
 DONE_ONCE = ["01_data_sharding", "02_feature_caching", "03_adapter_training", "04_evaluation", "05_adem_scienceqa"]
 STAGES = ["00_start_here", *DONE_ONCE, "08_demo"]
@@ -58,6 +59,20 @@ def test_adem_vl_is_scored_on_diagrams_beside_every_baseline(runs):
     assert len(predictions) == 30 and predictions["pid"].is_unique
     right = (predictions["prediction"] == predictions["answer"]).mean()
     assert metrics["accuracy"] == pytest.approx(100 * right, abs=0.01)
+
+
+def test_captions_are_learnt_before_the_questions(runs):
+    """Of 40 training GIFs, one (2 %) is held out to watch."""
+    folder = runs / "small" / "03_adapter_training"
+    metrics = manifest(runs, "small", "03_adapter_training")["metrics"]
+    captions = pd.read_parquet(runs / "small" / "01_data_sharding" / "captions.parquet")
+    written = pd.read_parquet(folder / "held_out_captions.parquet")
+    trained = captions[(captions["split"] == "train") & ~captions["gif_sha256"].isin(written["gif_sha256"])]
+    assert len(written) == 1 and metrics["alignment_captions"] == len(trained) > 0 and metrics["alignment_epochs"] == 1
+    assert {"alignment_BLEU-4", "alignment_CIDEr", "alignment_validation_loss"} <= set(metrics)
+    told = json.loads((folder / "bundle" / "bundle.json").read_text())
+    assert told["metrics"]["alignment_captions"] == len(trained) and told["metrics"]["alignment_epochs"] == 1
+    assert told["profile"]["alignment"]["epochs"] == 1 and (folder / "figures" / "loss_alignment.png").is_file()
 
 
 def test_executed_notebooks_end_with_a_picture_and_a_table_and_no_warning(runs):
@@ -119,5 +134,6 @@ def test_real_gifs_run_through(runs, shared_data):
     assert code == 0, output[-3000:]
     metrics = manifest(runs, "natural", "04_evaluation")["metrics"]
     assert 0 <= metrics["frameqa_accuracy"] <= 1
+    assert "no caption of a GIF to train on" in manifest(runs, "natural", "03_adapter_training")["metrics"]["alignment"]
     assert manifest(runs, "natural", "08_demo")["parameters"]["gallery"] == str(folder)
     assert (runs / "natural" / "report.html").is_file()

@@ -21,9 +21,10 @@ from helpers.store.features import FeatureTable
 from helpers.store.shards import shard_gifs
 from helpers.store.tables import StoreError
 from helpers.training import WORKER, collective, processes
+from helpers.training.captions import align, caption_rows
 from helpers.training.checkpoints import trainable
 from helpers.training.collective import TrainingError
-from helpers.training.gif_qa import hold_out, train
+from helpers.training.gif_qa import Collator, QADataset, hold_out, train
 from helpers.workspace.place import repo_root
 
 
@@ -66,10 +67,21 @@ def same(one, two):
         torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=2e-4)
 
 
-def test_two_processes_do_what_one_does(tmp_path, world, make_profile):
+CHOICE = {
+    "training__loss": "per_question",
+    "training__choice": "beside",
+    "training__tokens_per_step": 500,
+    "evaluation__options_in_prompt": True,
+    "language_model__option_style": "lettered",
+    "connector__output_scale": "fixed",
+}
+
+
+@pytest.mark.parametrize("keys", [{}, CHOICE], ids=["likelihood", "choice"])
+def test_two_processes_do_what_one_does(tmp_path, world, make_profile, keys):
     """Also when stopped after a few steps and gone on with, by two processes and then by one."""
-    alone = run(world, settings(make_profile), tmp_path / "alone")
-    two = settings(make_profile, training__gpus=2)
+    alone = run(world, settings(make_profile, **keys), tmp_path / "alone")
+    two = settings(make_profile, training__gpus=2, **keys)
     same(alone, run(world, two, tmp_path / "together"))
     assert sorted(p.name for p in (tmp_path / "together").iterdir()) == [
         "checkpoints",
@@ -82,7 +94,64 @@ def test_two_processes_do_what_one_does(tmp_path, world, make_profile):
         for done in (4, 8):
             part, _ = run(world, two, tmp_path / "parts")
             assert (part.status, part.steps) == ("partial", done)
-    same(alone, run(world, settings(make_profile), tmp_path / "parts"))
+    same(alone, run(world, settings(make_profile, **keys), tmp_path / "parts"))
+
+
+def test_a_choice_goes_on_bit_for_bit(tmp_path, world, make_profile, monkeypatch):
+    """Stopped every five steps: the orders of options, losses and weights are those of a run never stopped."""
+    profile = settings(make_profile, **CHOICE, language_model__lora_dropout=0.1)
+    whole, tensors = run(world, profile, tmp_path / "whole")
+    monkeypatch.setenv("SUITE_PROBE_STEPS", "5")
+    parts = [run(world, profile, tmp_path / "parts") for _ in range(-(-whole.total_steps // 5))]
+    assert parts[0][0].status == "partial" and len(parts) > 3
+    for column in ("loss", "eval_loss"):
+        np.testing.assert_array_equal(whole.history[column], parts[-1][0].history[column])
+    assert all(torch.equal(tensor, parts[-1][1][name]) for name, tensor in tensors.items())
+
+
+def test_a_loss_by_question_is_watched_by_question(tmp_path, world, make_profile):
+    """Each held-out row alone, by hand: its own loss, whatever the batch; all rows weigh the same."""
+    profile = settings(make_profile, **CHOICE, training__epochs=0.1)
+    (questions, watched), features = world
+    model = GifQAModel.build(profile, torch.device("cpu"))
+    result = train(model, questions, features, profile, tmp_path, eval_questions=watched, progress=False)
+    rows, collate = QADataset(model, watched, options_in_prompt=True, choice=True), Collator(features, 0, choice=True)
+    groups = profile.evaluation.groups
+    with torch.no_grad():
+        losses = [float(model(**collate([rows[(i, groups, 0)]]))["loss"]) for i in range(len(rows))]
+    assert result.history["eval_loss"].iloc[-1] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_stage_one_and_the_questions_on_top_of_it(tmp_path, world, make_profile):
+    """Two processes hold the adapter still as one does, and all of them start the questions from what it left."""
+    (questions, watched), features = world
+    captions, held = (
+        pd.DataFrame({"caption_id": rows["question_id"], "gif_sha256": rows["gif_sha256"], "split": "train"})
+        .assign(caption=[f"a picture of {answer}" for answer in rows["answer"]])
+        .pipe(caption_rows, "Describe this GIF.")
+        for rows in (questions[::8], watched)
+    )
+    found = []
+    for gpus in (1, 2):
+        profile = settings(make_profile, training__gpus=gpus, training__epochs=1.0, alignment__epochs=2.0)
+        model = GifQAModel.build(profile, torch.device("cpu"))
+        adapter = {name: p.detach().clone() for name, p in trainable(model.language_model).items()}
+        folder = tmp_path / f"aligned by {gpus}"
+        options = {"questions": questions, "eval_captions": held, "progress": False}
+        result = align(model, captions, features, profile, folder, **options)
+        assert all(torch.equal(p, adapter[name]) for name, p in trainable(model.language_model).items())
+        found.append((result, {name: p.detach().clone() for name, p in trainable(model).items()}))
+    same(*found)
+    begun = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUITE_PROBE_STEPS", "2")
+        for gpus in (1, 2):
+            profile = settings(make_profile, training__gpus=gpus, training__epochs=1.0, alignment__epochs=2.0)
+            begun.append(run(world, profile, tmp_path / f"by {gpus}", aligned=tmp_path / "aligned by 1")[0])
+        begun.append(run(world, settings(make_profile, training__epochs=1.0), tmp_path / "without")[0])
+    one, two, without = (result.history["loss"] for result in begun)
+    np.testing.assert_allclose(one, two, rtol=2e-4)
+    assert abs(one[0] - without[0]) > 1e-2
 
 
 def test_the_blind_twin_in_four_bits(tmp_path, world, make_profile):
@@ -190,6 +259,20 @@ def test_gpus_that_an_earlier_notebook_set_are_not_taken_for_the_users_choice(tw
 
 
 # ---- Shares --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answers", [[3, 1, 1, 2, 5], [2], [1, 1]])
+def test_shares_by_question_sum_the_rows_by_the_mean_step(monkeypatch, answers):
+    """Losses of made-up rows: the mean of the processes' weighted means is the sum over all rows by 2.5 of them."""
+    losses, weighted = [10.0 + number for number in range(len(answers))], []
+    for rank in range(2):
+        monkeypatch.setattr(collective, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collective, "world", lambda: 2)
+        shared = collective.Shared(lambda rows: {"rows": list(rows)}, lambda row: 1, expected=2.5)
+        batch = shared(range(len(answers)))
+        weighted.append(batch["share"] * np.mean([losses[row] for row in batch["rows"]]))
+        assert batch["weight"] == len(answers) / 2.5
+    assert sum(weighted) / 2 == pytest.approx(sum(losses) / 2.5)
 
 
 @pytest.mark.parametrize("answers", [[3, 1, 1, 2, 5], [2], [1, 1]])

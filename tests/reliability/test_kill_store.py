@@ -144,7 +144,8 @@ def whole(tmp_path_factory, gifs) -> tuple[Path, float]:
     folder = tmp_path_factory.mktemp("whole")
     seconds = run(shard, gifs, folder, 1)
     tables = contents(folder)
-    assert len(tables) == 11  # four shards, what became of their sources, questions, rejects and near-duplicates
+    # four shards, what became of their sources, questions, captions, rejects and near-duplicates
+    assert len(tables) == 12
     assert sum(len(rows) for name, rows in tables.items() if name.startswith("frames")) == 37
     return folder, seconds
 

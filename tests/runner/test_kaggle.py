@@ -966,7 +966,7 @@ def test_status_and_logs(quick, capfd):
         (["push", "--profile", "mine.yaml"], "the suite's own profiles only"),
         (["push", "--attach", "nothing"], "give a data set as OWNER/NAME"),
         (["push", "--only", "00", "--run", "r" * 40], "shorten --run"),
-        (["push", "-p", "epochs", "3"], "did you mean 'training.epochs'"),
+        (["push", "-p", "epochs", "3"], "did you mean 'alignment.epochs' or 'training.epochs' or 'adem.epochs'"),
         (["resume", "--run", "never"], "was never pushed"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "the following arguments are required"),
@@ -989,6 +989,21 @@ def test_a_run_is_not_pushed_again_with_other_options(quick, capfd):
     assert len(versions(quick, "01_data_sharding")) == 1
     assert push("--only", "01", "-p", "shapes.seed", "4") == REFUSED
     assert "was pushed with other options" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["TINY_", "tiny-", "tiny.-"])
+def test_a_run_that_would_share_anothers_notebook_is_refused(quick, account, capfd, other):
+    mine = f"{OWNER}/gifqa-tiny-01-data-sharding"
+    assert push("--only", "01") == 0
+    assert push("--only", "01", "--run", other) == REFUSED
+    told = capfd.readouterr().err
+    assert f"run '{other}' would be pushed to the notebook of run 'tiny', {mine}" in told
+    assert "--run NAME" in told and "kaggle resume --run tiny" in told
+    assert len(quick.runs[mine]) == 1 and not (account / other / "kaggle.json").exists()
+    push("--only", "08", "--run", other)  # a notebook that the other run has not
+    push("--only", "01", "--run", "else")
+    assert {*quick.runs} == {mine, f"{OWNER}/gifqa-tiny-08-demo", f"{OWNER}/gifqa-else-01-data-sharding"}
+    assert resume() == 0
 
 
 def test_an_input_that_the_run_does_not_hold_is_refused(quick, capfd):

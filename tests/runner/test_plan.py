@@ -143,3 +143,35 @@ def test_runs_whose_names_differ_by_letter_case_do_not_share_a_place(here, tmp_p
     with pytest.raises(ConfigError, match="there is a run 'Night'"):
         plan_of("--only", "01", "--run", "night")
     assert plan_of("--only", "01", "--run", "Night").run == "Night"
+
+
+def test_a_model_that_has_no_chat_template_is_refused_before_anything_starts(here, monkeypatch):
+    """Shipped, a folder, or in the hub's cache; only where a stage asks the model, and only with the key."""
+    monkeypatch.setattr("helpers.workspace.weights._hub_model", lambda *asked: str(here / "my_llama"))
+    for name in ("tiny/llama", "my_llama", "some/model"):
+        model = ("-p", "language_model.model", name, "-p", "language_model.chat")
+        with pytest.raises(ConfigError, match=rf"{name} has no chat template.*-p language_model\.chat false"):
+            plan_of(*model, "true")
+        assert plan_of(*model, "true", "--only", "01", "--only", "05").profile.language_model.chat
+        plan_of(*model, "false")
+    (here / "my_llama" / "chat_template.jinja").write_text("{{ raise_exception('no chat') }}")
+    with pytest.raises(ConfigError, match=r"the chat template of .*my_llama fails: TemplateError: no chat"):
+        plan_of("-p", "language_model.model", "my_llama", "-p", "language_model.chat", "true")
+    for damaged in ("{", '{"version": "1.0"}'):
+        (here / "my_llama" / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ConfigError, match="my_llama: no tokenizer can be read"):
+            plan_of("-p", "language_model.model", "my_llama", "-p", "language_model.chat", "true")
+
+
+def test_a_model_that_is_not_here_is_looked_at_later_and_not_fetched(here, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    only_here = []
+
+    def snapshot_download(*args, local_files_only=False, **kwargs):
+        only_here.append(local_files_only)
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert plan_of("--profile", "kaggle").profile.language_model.chat
+    assert only_here == [True]

@@ -5,6 +5,7 @@ import math
 import socket
 import sys
 import time
+from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -264,6 +265,11 @@ def test_decision_starts_what_fits_or_can_be_paused_and_nothing_else():
     assert decide(work, NOW, math.inf).fits
     paused = decide(work, NOW, NOW + 2 * HOUR)
     assert paused.start and not paused.fits and "about 5.0 h (measured), 2.0 h until the deadline" in paused.words
+    assert "less than one epoch" not in decide(replace(work, epoch=2 * HOUR), NOW, NOW + 2 * HOUR).words
+    short = decide(replace(work, epoch=2 * HOUR), NOW, NOW + HOUR)
+    assert short.start and short.words.endswith(
+        "1.0 h until the deadline, which is less than one epoch (2.0 h): saved and paused there"
+    )
     assert not decide(work, NOW, NOW + 60).start
     assert decide(Forecast("08", 50, "x"), NOW, NOW + 60).fits  # a short stage fits where a long one does not
 
@@ -277,6 +283,9 @@ def test_forecast_is_measured_from_the_stages_own_steps(tmp_path, monkeypatch):
     (run / spec.name / "blind_run").mkdir(parents=True)
     guess = quota.forecast(spec, profile, run)
     assert guess.seconds == 60 * spec.minutes["kaggle"] and "not measured" in guess.source and not guess.measured
+    assert guess.epoch == guess.seconds / 4  # one of captions, three of questions
+    short = quota.forecast(spec, load_profile("kaggle", {"alignment.epochs": 0, "training.epochs": 0.5}), run)
+    assert short.epoch == short.seconds
     note_pace(run / spec.name, "steps", 20, 40.0, 980, follow=["steps of the twin"])
     told = quota.forecast(spec, profile, run)
     assert told.measured and told.seconds == 2.0 * 980 + 2.0 * 1000 + quota.START_UP_SECONDS
@@ -402,8 +411,8 @@ def test_quota_command_tells_forecast_and_draws_the_weeks(tmp_path, monkeypatch,
     figure = tmp_path / "weeks.png"
     assert suite.main(["quota", "--profile", "kaggle", "--figure", str(figure)]) == 0
     out = capsys.readouterr().out
-    assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 2 weeks" in out
-    assert "03_adapter_training   8.3 h yes suite.yaml's minutes, not measured" in out
+    assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 3 weeks" in out
+    assert "03_adapter_training   9.3 h yes suite.yaml's minutes, not measured" in out
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

@@ -113,7 +113,7 @@ def test_missing_upstream_is_refused(world, capsys):
         (["--only", "05"], "unknown stage '05'"),
         (["--from", "0"], "unknown stage '0'"),
         (["-p", "profile", "x"], "use --profile"),
-        (["-p", "epochs", "3"], "did you mean 'training.epochs'"),
+        (["-p", "epochs", "3"], "did you mean 'alignment.epochs' or 'training.epochs' or 'adem.epochs'"),
         (["-p", "notes", "x"], "did you mean 'note'"),
         (["--deadline", "25:00"], "--deadline '25:00'"),
         (["--deadline", "-5"], "--deadline '-5'"),
@@ -512,9 +512,14 @@ def test_report_holds_scores_figures_and_no_markup_of_the_data(tmp_path, world):
     image = nbformat.v4.new_output("display_data", {"image/png": "aGVsbG8="})
     book.cells += [nbformat.v4.new_markdown_cell("## Scores & <b>all</b>"), new_code_cell("1", outputs=[image])]
     nbformat.write(book, world.runs / "tiny" / "04_evaluation" / "04_evaluation.ipynb")
-    profile = load_profile("tiny", {"language_model.prompt": "<script>alert(1)</script>{question}"})
+    manifest = world.runs / "tiny" / "04_evaluation" / "stage.json"
+    told = json.loads(manifest.read_text())
+    told["metrics"]["prompt"] = "<|bos|>[video tokens]<script>alert(1)</script> what ?\nAnswer:"
+    manifest.write_text(json.dumps(told))
+    profile = load_profile("tiny")
     page = write_report(stages.load_suite(stages.suite_file()), world.runs / "tiny", profile).read_text()
     assert "0.900" in page and "data:image/png;base64,aGVsbG8=" in page and "Scores &amp; &lt;b&gt;all" in page
+    assert "<pre>&lt;|bos|&gt;[video tokens]&lt;script&gt;alert(1)&lt;/script&gt; what ?\nAnswer:</pre>" in page
     assert "<script>" not in page and "http" not in page.replace("http-equiv", "")
 
 

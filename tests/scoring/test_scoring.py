@@ -15,6 +15,7 @@ from helpers import scoring
 from helpers.answers import predict, save_predictions, token_batches
 from helpers.config import load_profile
 from helpers.corpora import shapes, tgif_qa
+from helpers.corpora import tasks as scoring_tasks
 from helpers.corpora.tasks import TASKS, ScoreError
 from helpers.models.gif_qa import TooLong, Window
 from helpers.models.gif_qa.model import GifQAModel
@@ -202,9 +203,82 @@ def test_options_reach_the_prompt_only_where_the_profile_asks():
 
     for flag in (False, True):
         seen.clear()
-        config = SimpleNamespace(batch_tokens=500, options_in_prompt=flag, num_beams=1)
+        config = SimpleNamespace(batch_tokens=500, options_in_prompt=flag, num_beams=1, seed=0)
         predict(Recorder(), world(3), FakeFeatures(), config, groups=1)
         assert sum(options is not None for options in seen) == (6 if flag else 0)  # action and transition of 3 GIFs
+
+
+def test_the_place_of_the_right_option_tells_nothing_in_evaluation():
+    """Of 4,000 questions whose first given option is right: by place, by question, and in both orders."""
+    rng = np.random.default_rng(0)
+    places = []
+    for number in range(4000):
+        options = [f"{word} {number}" for word in rng.permutation(["nod", "run", "sit", "jump", "spin"])]
+        orders = scoring_tasks.option_orders(f"what is done {number % 3} times ?", options, 0)
+        assert all(sorted(order) == sorted(options) for order in orders)
+        assert not any(a == b for a, b in zip(*orders, strict=True)), "an option stays in its place"
+        turned = scoring_tasks.option_orders(f"what is done {number % 3} times ?", options[::-1], 0)
+        assert turned == orders, "the given order has a say"
+        places.append([order.index(options[0]) for order in orders])
+    places, train = np.array(places), np.arange(4000) < 2000
+    for which in (0, 1):
+        assert np.abs(np.bincount(places[:, which], minlength=5) - 800).max() < 4 * math.sqrt(4000 * 0.16)
+        for form in range(3):  # a rule that knows where the right one stood in the first half scores a fifth
+            asked = np.arange(4000) % 3 == form
+            best = np.bincount(places[asked & train, which]).argmax()
+            hits = (places[asked & ~train, which] == best).mean()
+            assert abs(hits - 0.2) < 4 * math.sqrt(0.16 / (asked & ~train).sum())
+    assert len({tuple(scoring_tasks.option_orders("what ?", list("abcde"), seed)[0]) for seed in range(20)}) > 10
+    assert {tuple(scoring_tasks.option_orders("what ?", ["a", "b"], seed)[0]) for seed in range(9)} == {
+        ("a", "b"),
+        ("b", "a"),
+    }
+
+
+class Listening(FakeModel):
+    """Answers every third question by what its prompt lists first, the others by what they say."""
+
+    def score(self, prompts, candidates, frames=None, lengths=None):
+        scores = super().score(prompts, candidates, frames, lengths)
+        for prompt, texts, own in zip(prompts, candidates, scores, strict=True):
+            asked = "".join(map(chr, prompt))
+            number = int(asked.split()[0])
+            by_place = number % 3 == 0
+            first = [-asked.find(f"|{text}") if by_place else sum(map(ord, text)) % 89 for text in texts]
+            own[:, 0] = first if "|" in asked else own[:, 0]
+        return scores
+
+
+def test_consistency_is_the_share_of_answers_that_survive_another_order():
+    """Two in three answers do not depend on the order; nothing is told where the prompt lists no options."""
+    questions = world(60)
+    questions["question"] = [f"{number} {text} |" for number, text in enumerate(questions["question"])]
+    for in_prompt in (True, False):
+        config = SimpleNamespace(batch_tokens=300, options_in_prompt=in_prompt, num_beams=1, seed=0)
+        answers = predict(Listening(), questions, FakeFeatures(), config, groups=1, reordered=True)
+        table = scoring.join_variants(questions, {"main": answers})
+        values = scoring.outcomes(table)
+        assert ("action_consistency" in values) == ("transition_consistency" in values) == in_prompt
+        assert ("prediction_reordered" in answers) == in_prompt
+    config.options_in_prompt = True
+    answers = predict(Listening(), questions, FakeFeatures(), config, groups=1, reordered=True)
+    table = scoring.join_variants(questions, {"main": answers})
+    for task in ("action", "transition"):
+        rows = table[table["task"] == task]
+        stays = [int(text.split()[0]) % 3 > 0 for text in rows["question"]]
+        assert scoring.outcomes(table)[f"{task}_consistency"].tolist() == stays
+        assert scoring.metrics(table)[f"{task}_consistency"] == pytest.approx(np.mean(stays))
+        scored = scoring.metric_table(table, 200, 0).set_index("metric").loc[f"{task}_consistency"]
+        assert scored["n"] == len(rows) and scored["low"] < scored["value"] < scored["high"]
+
+
+def test_answers_that_were_kept_without_the_second_order_are_given_anew(tmp_path):
+    questions, options = world(8), {"groups": 1, "cache": tmp_path}
+    config = SimpleNamespace(batch_tokens=300, options_in_prompt=True, num_beams=1, seed=0)
+    once = predict(FakeModel(), questions, FakeFeatures(), config, **options)
+    twice = predict(FakeModel(), questions, FakeFeatures(), config, **options, reordered=True)
+    pd.testing.assert_frame_equal(twice.drop(columns="prediction_reordered"), once)
+    assert twice["prediction_reordered"].notna().sum() == questions["task"].isin(["action", "transition"]).sum()
 
 
 def test_a_deadline_keeps_the_tasks_that_were_done(tmp_path, monkeypatch):

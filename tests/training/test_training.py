@@ -1,6 +1,8 @@
 """Batches, collator, optimizer groups, checkpoints, deadline and resume, on a toy model that learns in a second."""
 
+import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -59,6 +61,8 @@ def toy_config(**changes):
         "groups": [1, 2, 3],
         "log_steps": 4,
         "gpus": 1,
+        "loss": "per_token",
+        "choice": "none",
     } | changes
     return SimpleNamespace(
         training=Section(**settings),
@@ -227,7 +231,7 @@ def test_labels_cover_the_answer_and_nothing_else():
     questions = toy_questions(5, 3)
     model, features = ToyModel(), ToyFeatures(3)
     dataset = QADataset(model, questions)
-    batch = Collator(features, pad_token_id=0)([dataset[(i, 1)] for i in range(5)])
+    batch = Collator(features, pad_token_id=0)([dataset[(i, 1, 0)] for i in range(5)])
     for i, row in enumerate(questions.itertuples()):
         prompt = model.encode_prompt(row.question)
         answer = model.encode_answer("1" if row.task == "count" else row.answer)
@@ -249,8 +253,120 @@ def test_a_count_of_zero_is_trained_as_one():
 
 def test_options_enter_the_prompt_only_when_asked():
     questions = toy_questions(2, 2).assign(task="action", options=[["one thing", "two"], ["three", "four"]])
+    questions = questions.assign(answer=["two", "three"], label=[1, 0])
     plain, with_options = QADataset(ToyModel(), questions), QADataset(ToyModel(), questions, options_in_prompt=True)
     assert (with_options.text_lengths - plain.text_lengths).tolist() == [3, 2]
+
+
+# ---- options ----
+
+
+def choices(rows: int, seed: int = 0) -> pd.DataFrame:
+    """Questions with five options of one to three words each, of which any may be right."""
+    rng, words = np.random.default_rng(seed), ["a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg"]
+    some = [[" ".join(rng.permutation(words)[: rng.integers(1, 4)]) for _ in range(5)] for _ in range(rows)]
+    options = [[f"{text} {row}-{i}" for i, text in enumerate(own)] for row, own in enumerate(some)]
+    labels = rng.integers(5, size=rows)
+    return pd.DataFrame(
+        {
+            "question_id": [f"c{i}" for i in range(rows)],
+            "gif_sha256": rng.integers(40, size=rows).astype(str),
+            "task": "action",
+            "question": [f"what is done {i % 7} times" for i in range(rows)],
+            "options": options,
+            "answer": [own[label] for own, label in zip(options, labels, strict=True)],
+            "label": labels,
+        }
+    )
+
+
+class Listing(ToyModel):
+    """A prompt is the place of the right option, the answer, and all of the options."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.right = answers
+
+    def encode_prompt(self, question, options=None):
+        (place,) = [i for i, option in enumerate(options) if option in self.right] if options else [0]
+        return [place]
+
+
+def test_the_place_of_the_right_option_tells_nothing_in_training():
+    """Each of five places is as frequent, in all and for each question form; what was right before tells as little."""
+    questions, epochs = choices(400), 10
+    dataset = QADataset(Listing(set(questions["answer"])), questions, options_in_prompt=True)
+    places = np.array([[dataset[(row, 1, epoch)].prompt[0] for row in range(400)] for epoch in range(epochs)])
+    n = places.size
+    spread = math.sqrt(n * 0.2 * 0.8)
+    assert np.abs(np.bincount(places.ravel(), minlength=5) - n / 5).max() < 4 * spread
+    # guessing the place that was right most often in the other epochs, by row, by question, by given place, in all
+    for by in (np.arange(400), questions["question"].factorize()[0], questions["label"].to_numpy(), np.zeros(400, int)):
+        hits = 0
+        for epoch in range(epochs):
+            seen = np.zeros((by.max() + 1, 5))
+            np.add.at(seen, (np.tile(by, epochs - 1), np.delete(places, epoch, axis=0).ravel()), 1)
+            hits += (seen.argmax(1)[by] == places[epoch]).sum()
+        assert abs(hits - n / 5) < 4 * spread
+    assert (places[0] != places[1]).any()
+
+
+def test_the_order_of_options_is_the_rows_and_the_epochs_alone():
+    """Not that of calls, of the seed's other uses or of workers: a run that goes on lists as one never stopped."""
+    questions = choices(30)
+    make = lambda seed=3: QADataset(ToyModel(), questions, options_in_prompt=True, choice=True, seed=seed)  # noqa: E731
+    keys = [(row, 1, epoch) for epoch in (1, 0) for row in range(30)]
+    dataset = make()
+    expected = [dataset[key] for key in keys]
+    np.random.seed(5)
+    assert [make()[key] for key in reversed(keys)] == expected[::-1]
+    loader = torch.utils.data.DataLoader(make(), sampler=keys, batch_size=7, num_workers=2, collate_fn=list)
+    assert [row for batch in loader for row in batch] == expected
+    assert [make(seed=4)[key].prompt for key in keys] != [row.prompt for row in expected]
+    for row, (number, _, _) in zip(expected, keys, strict=True):
+        assert sorted(row.prompt) == sorted(dataset.prompts[number])  # the toy's tokens are words
+
+
+def test_rows_bring_their_wrong_options_and_the_plan_counts_them(world):
+    _, features, _ = world
+    questions, model = choices(50), ToyModel()
+    questions.loc[7, ["task", "answer"]] = ["frameqa", "red"]
+    dataset = QADataset(model, questions, choice=True)
+    for number, row in enumerate(questions.itertuples()):
+        wrong = [text for k, text in enumerate(row.options) if k != row.label] if row.task == "action" else []
+        item = dataset[(number, 2, 0)]
+        assert item.wrong == [model.encode_answer(text) for text in wrong] and item.groups == 2
+        assert dataset.text_lengths[number] == len(row.question.split()) + 2 * (1 + len(wrong))
+        assert dataset.longest[number] == len(row.question.split()) + 2
+    plan = plan_batches(dataset, features, toy_config())
+    rows = [r for batch in plan.batches for r, _, _ in batch]
+    assert plan.text_tokens.sum() == dataset.text_lengths[rows].sum()
+    batch = Collator(features, pad_token_id=0, choice=True)([dataset[(i, 1, 0)] for i in (6, 7)])
+    assert "labels" not in batch and batch["candidates"].shape == (2, 5, 2)
+    assert batch["candidates"][0, 0].tolist() == model.encode_answer(questions["answer"][6])
+    assert (batch["candidates"][1, 1:] == IGNORED).all() and (batch["candidates"][0] != IGNORED).all()
+    assert batch["attention_mask"].sum(1).tolist() == [len(text.split()) for text in questions["question"][6:8]]
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "label", "reason"),
+    [
+        (["a"], "a", 0, r"action needs two or more options, none of them empty; found \['a'\]"),
+        ([], "a", 0, r"action needs two or more options, none of them empty; found \[\]"),
+        (["a", "b", "a"], "b", 1, r"two of the options are the same: \['a', 'b', 'a'\]"),
+        (["a", "A "], "a", 0, r"two of the options are the same: \['a', 'A '\]"),
+        (["a", "b"], "c", 0, r"the answer 'c' is not the option 0 of \['a', 'b'\]"),
+        (["a", "b"], "a", 2, r"option index 2 is out of range: the 2 options are 0 to 1"),
+        (["a", "b"], "a", -1, r"option index -1 is out of range"),
+    ],
+)
+@pytest.mark.parametrize("asking", [{"choice": True}, {"options_in_prompt": True}])
+def test_options_that_cannot_be_chosen_from_are_named(options, answer, label, reason, asking):
+    questions = choices(3)
+    for name, value in {"options": options, "answer": answer, "label": label}.items():
+        questions.at[1, name] = value
+    with pytest.raises(TrainingError, match=f"^question c1 cannot be trained on as a choice: {reason}.* leave it out$"):
+        QADataset(ToyModel(), questions, **asking)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 5000])
@@ -283,13 +399,14 @@ def plan_of(epochs, seed=0, rows=300):
 def test_plan_is_one_pass_over_all_epochs_and_repeats_by_seed():
     plan, video = plan_of(2.5)
     ends = sorted(plan.epoch_ends)
-    first = [key for batch in plan.batches[: ends[0]] for key in batch]
-    second = [key for batch in plan.batches[ends[0] : ends[1]] for key in batch]
+    drawn = [[key for batch in plan.batches[a:b] for key in batch] for a, b in itertools.pairwise([0, *ends])]
+    assert [{epoch for _, _, epoch in keys} for keys in drawn] == [{0}, {1}, {2}]
+    first, second = ([(row, groups) for row, groups, _ in keys] for keys in drawn[:2])
     assert sorted(r for r, _ in first) == sorted(r for r, _ in second) == list(range(300))
     assert dict(first) != dict(second), "the same group counts in both epochs"
     assert {g for _, g in first} == {1, 2, 3}
     assert plan.epoch_after[-1] == pytest.approx(2.5) and ends[-1] == len(plan)
-    real = sum(video[g][r] for batch in plan.batches for r, g in batch)
+    real = sum(video[g][r] for batch in plan.batches for r, g, _ in batch)
     assert plan.video_tokens.sum() == real
     assert plan_of(2.5)[0].batches == plan.batches
     assert plan_of(2.5, seed=1)[0].batches != plan.batches
@@ -331,10 +448,17 @@ def test_half_precision_and_stray_parameters_are_refused():
         training.trainable(ToyModel().requires_grad_(False))
 
 
-def test_a_run_equals_a_plain_loop(tmp_path, world):
-    """Trainer, plan and collator against AdamW, clipping and the schedule written out, bit for bit."""
-    questions, features, config = world
-    model, result = run(tmp_path, world)
+@pytest.mark.parametrize("loss_by", ["per_token", "per_question"])
+def test_a_run_equals_a_plain_loop(tmp_path, world, loss_by):
+    """Trainer, plan and collator against AdamW, clipping and the schedule written out, bit for bit.
+
+    By question a step is the sum over its rows by the run's mean number of them, and so is what its gradient is
+    clipped to (it is in more than half of the steps). Every answer here has two tokens: a mean over tokens is one over
+    rows.
+    """
+    questions, features, _ = world
+    config = toy_config(loss=loss_by, max_grad_norm=0.3)
+    model, result = run(tmp_path, (questions, features, config))
     plain = ToyModel()
     torch.manual_seed(config.training.seed)
     dataset = QADataset(plain, questions)
@@ -342,23 +466,64 @@ def test_a_run_equals_a_plain_loop(tmp_path, world):
     optimizer = torch.optim.AdamW(parameter_groups(plain, config.training), fused=True)
     rates = [g["lr"] for g in optimizer.param_groups]
     torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws its workers' seed
-    losses = []
+    losses, clipped = [], 0
+    drawn = sum(len(keys) for keys in plan.batches)
     for step, keys in enumerate(plan.batches):
         warm, n = math.ceil(0.1 * len(plan)), len(plan)
         scale = step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (n - warm)))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * scale
         loss = plain(**collate([dataset[key] for key in keys]))["loss"]
+        weight = 1.0 if loss_by == "per_token" else len(keys) / (drawn / len(plan))
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        (loss * weight).backward()
+        clipped += nn.utils.clip_grad_norm_(plain.parameters(), 0.3 * weight) > 0.3 * weight
         optimizer.step()
-        losses.append(loss.item())
+        losses.append((loss * weight / weight).item())
+    assert clipped > len(plan) / 2
     assert result.history["loss"].tolist() == losses
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     assert result.history["tokens"].sum() == result.tokens == (plan.text_tokens + plan.video_tokens).sum()
     assert result.history["lr_connector"].max() == pytest.approx(2e-2)
     assert (result.status, result.steps, result.epochs) == ("complete", len(plan), 2.0)
+
+
+class Weighed(ToyModel):
+    """A number a question, which is its loss: the gradient tells what the question weighs in the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.language_model = nn.ModuleDict({"number": nn.Embedding(200, 1)})
+
+    def encode_prompt(self, question, options=None):
+        return [int(question)]
+
+    def forward(self, input_ids, attention_mask, labels, frames=None, lengths=None):
+        return {"loss": self.language_model["number"](input_ids[:, 0]).mean()}
+
+
+@pytest.mark.parametrize("loss_by", ["per_question", "per_token"])
+def test_every_question_weighs_the_same_in_the_run_whatever_its_number_of_groups(tmp_path, monkeypatch, loss_by):
+    """By question; the old way gives one with three groups, whose step holds fewer rows, a larger weight."""
+    questions, features = toy_questions(160, 40).assign(question=[str(i) for i in range(160)]), ToyFeatures(40)
+    config, model, weights = toy_config(loss=loss_by, max_grad_norm=1e9), Weighed(), []
+    original = training.AdapterTrainer.training_step
+
+    def training_step(self, *args):
+        loss = original(self, *args)
+        gradient = model.language_model["number"].weight.grad[:, 0]
+        weights.extend((groups, gradient[row].item()) for row, groups, _ in self.plan.batches[self.state.global_step])
+        return loss
+
+    monkeypatch.setattr(training.AdapterTrainer, "training_step", training_step)
+    result = train(model, questions, features, config, tmp_path, progress=False)
+    table = pd.DataFrame(weights, columns=["groups", "weight"])
+    assert len(table) == 2 * 160 and set(table["groups"]) == {1, 2, 3}
+    if loss_by == "per_question":
+        assert table["weight"].tolist() == pytest.approx([result.steps / 320] * 320)
+    else:
+        means = table.groupby("groups")["weight"].mean()
+        assert means[3] > 1.5 * means[1]
 
 
 @pytest.mark.slow
@@ -463,7 +628,7 @@ def test_evaluation_is_the_token_mean_and_changes_nothing(tmp_path, world):
     dataset = QADataset(model, held_out)
     model.eval()
     with torch.no_grad():  # each row alone; every answer has two tokens
-        rows = [model(**Collator(world[1], 0)([dataset[(i, 2)]]))["loss"].item() for i in range(30)]
+        rows = [model(**Collator(world[1], 0)([dataset[(i, 2, 0)]]))["loss"].item() for i in range(30)]
     assert measured.history["eval_loss"].iloc[-1] == pytest.approx(np.mean(rows), rel=1e-5)
 
 
@@ -640,6 +805,24 @@ def test_a_checkpoint_that_is_not_finite_is_neither_written_nor_read(tmp_path, w
         CheckpointError, match=rf"{path / training.TENSORS} .*not finite.* in mit\.bias: delete {path} "
     ):
         training.load_tensors(ToyModel(), path)
+
+
+def test_an_optimizers_state_that_is_not_finite_is_not_gone_on_with(tmp_path, world, monkeypatch):
+    questions, features, _ = world
+    world = (questions, features, toy_config(checkpoint_minutes=1e-9))
+    restore = crash_at(monkeypatch, 4)
+    with pytest.raises(Stop):
+        run(tmp_path, world)
+    restore()
+    path = newest(tmp_path)
+    state = torch.load(path / "optimizer.pt", weights_only=True)
+    state["state"][1]["exp_avg_sq"].view(-1)[0] = math.inf
+    torch.save(state, path / "optimizer.pt")
+    info = json.loads((path / training.META).read_text())
+    info["files"]["optimizer.pt"] = hashlib.sha256((path / "optimizer.pt").read_bytes()).hexdigest()
+    (path / training.META).write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match=rf"optimizer\.pt .*not finite.* in 1\.exp_avg_sq: delete {path} "):
+        run(tmp_path, world)
 
 
 def test_logs_and_folder(tmp_path, world, capsys):

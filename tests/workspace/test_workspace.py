@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from helpers import install, workspace
-from helpers.config import load_profile
+from helpers.config import load_profile, parse_override
 from helpers.models.gif_qa import GifQAModel
 from helpers.models.xclip import load_xclip
 from helpers.runner import drive
@@ -369,9 +369,10 @@ def test_without_weights_only_the_small_files_are_fetched(monkeypatch, tmp_path)
 
     def snapshot_download(*args, allow_patterns, local_files_only=False, **kwargs):
         asked.append(local_files_only)
-        there = ["config.json", "tokenizer.json", "spiece.model", "model.safetensors", "pytorch_model.bin"]
+        small = ["config.json", "tokenizer.json", "spiece.model", "chat_template.jinja"]
+        there = [*small, "model.safetensors", "pytorch_model.bin"]
         wanted = [name for name in there if any(fnmatch(name, pattern) for pattern in allow_patterns)]
-        assert wanted == ["config.json", "tokenizer.json", "spiece.model"]
+        assert wanted == small
         if not local_files_only:
             (tmp_path / "config.json").write_text("{}")
             (tmp_path / "tokenizer.json").write_text("{}")
@@ -380,6 +381,29 @@ def test_without_weights_only_the_small_files_are_fetched(monkeypatch, tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert workspace.find_model("some/model", weights=False) == str(tmp_path) and asked == [True, False]
     assert workspace.find_model("some/model", weights=False) == str(tmp_path) and asked == [True, False, True]
+
+
+@pytest.mark.parametrize("there", [None, ["config.json"], ["config.json", "tokenizer.json"]])
+def test_what_must_not_be_fetched_is_only_looked_for(monkeypatch, tmp_path, there):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    only_here = []
+
+    def snapshot_download(*args, local_files_only=False, **kwargs):
+        only_here.append(local_files_only)
+        if there is None:
+            raise LocalEntryNotFoundError("not in the cache")
+        return str(tmp_path)
+
+    for name in there or []:
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    if there and len(there) == 2:
+        assert workspace.find_model("some/model", weights=False, fetch=False) == str(tmp_path)
+    else:
+        with pytest.raises(workspace.ModelNotFound):
+            workspace.find_model("some/model", weights=False, fetch=False)
+    assert only_here == [True]
 
 
 def test_attached_data_is_not_searched_to_its_depths(monkeypatch, tmp_path):
@@ -413,13 +437,13 @@ def test_weights_of_the_gif_model_are_asked_for_by_its_own_keys(monkeypatch):
         tiny = {"language_model.model": "tiny/llama", "encoder.model": "tiny/xclip"}
         for key in tiny:
             with pytest.raises(workspace.ModelNotFound) as error:
-                GifQAModel.build(load_profile(profile, tiny | {key: "nobody/none"}))
+                GifQAModel.build(load_profile(profile, tiny | {"language_model.chat": False, key: "nobody/none"}))
             text = str(error.value)
             assert "-p language_model.model FOLDER" in text and "-p encoder.model FOLDER" in text
             assert not any(wrong in text for wrong in ("--profile", "adem."))
-            advised = dict(re.findall(r"-p ((?:language_model|encoder|data)\.\w+) (tiny/\w+|\d+)", text))
+            advised = dict(re.findall(r"-p ((?:language_model|encoder|data)\.\w+) (tiny/\w+|\d+|false)", text))
             assert advised.items() > tiny.items()
-        asked = load_profile(profile, advised | {"data.image_size": int(advised["data.image_size"])})
+        asked = load_profile(profile, {key: parse_override(key, value) for key, value in advised.items()})
         GifQAModel.build(asked)
         assert load_xclip(asked.encoder.model).config.vision_config.image_size == asked.data.image_size
 
@@ -540,3 +564,17 @@ def test_a_file_never_takes_the_place_of_a_folder_nor_the_other_way_round(tmp_pa
     with pytest.raises(OSError, match="kept"), disk.whole(tmp_path / "here" / "kept") as temporary:
         temporary.mkdir()
     assert (tmp_path / "here" / "kept").read_text() == "x" and len(list(tmp_path.rglob("*"))) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_link_in_a_targets_place_points_to_is_left_alone(kind, tmp_path):
+    kept, made, target = tmp_path / "kept", tmp_path / "made", tmp_path / "out" / "target"
+    target.parent.mkdir()
+    for path, content in ((kept, "old"), (made, "new")):
+        if kind == "folder":
+            path.mkdir()
+        (path / "a.txt" if kind == "folder" else path).write_text(content)
+    target.symlink_to(kept)
+    disk.put_in_place(made, target)
+    told = [(path / "a.txt" if kind == "folder" else path).read_text() for path in (kept, target)]
+    assert told == ["old", "new"] and not target.is_symlink() and [*target.parent.iterdir()] == [target]

@@ -13,6 +13,7 @@ from helpers.models.gif_qa.model import (
 from helpers.models.gif_qa.window import MAX_NEW_TOKENS, TooLong, Window, too_long_where_known
 from helpers.models.language import FEED_FORWARD_OUTPUTS, adapter_config, load_language_model
 from helpers.models.parts import IGNORED, BundleError
+from helpers.models.xclip import same_encoder
 
 __all__ = [
     "BUNDLE_FORMAT",
@@ -37,5 +38,6 @@ __all__ = [
     "load_encoder",
     "load_language_model",
     "read_bundle",
+    "same_encoder",
     "too_long_where_known",
 ]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from helpers.corpora.tasks import COUNTS, asks_for_count, require_finite_scores, round_count
+from helpers.corpora.tasks import COUNTS, asks_for_count, option_orders, require_finite_scores, round_count
 from helpers.gifs.decode import Limits, decode, decode_frames, encode_frames, read_gif
 from helpers.models.gif_qa.bundle import load_bundle, load_encoder, read_bundle
 from helpers.models.gif_qa.model import GifQAModel
@@ -119,7 +119,8 @@ class GifQA:
     ) -> Answer:
         """Answer a question about a GIF; `gif=None` tells what the model says without seeing any.
 
-        With options: the most likely one, as in multiple-choice tasks. A count (task "count", or a question that
+        With options: the most likely one, as in multiple-choice tasks, whatever their order; they stand in the prompt
+        where the bundle's profile says so. A count (task "count", or a question that
         starts with "how many times"): the rounded expectation over the numbers 1 to 10. Else: free text, with the
         beams as alternatives. Relevance is by occlusion: the frame is masked out of the multi-frame transformer and of
         the prompt (what its message told other frames inside the encoder stays). Raises ValueError for an empty
@@ -134,7 +135,9 @@ class GifQA:
     def _answer(self, gif: Any, question: str, candidates: list[str], count: bool) -> Answer:
         model = self.model
         told = f"the question {question!r}"
-        listed = candidates if candidates and not count and model.profile.evaluation.options_in_prompt else None
+        evaluation, listed = model.profile.evaluation, None
+        if candidates and not count and evaluation.options_in_prompt:
+            listed = option_orders(question, candidates, evaluation.seed)[0]
         prompt = model.encode_prompt(question, listed)
         frames, times = None, []
         if model.video:

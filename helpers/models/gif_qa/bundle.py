@@ -71,6 +71,11 @@ def load_bundle(
     tensors = load_strictly(folder / "adapter_model.safetensors", adapter_tensors(adapted))
     set_peft_model_state_dict(adapted, tensors)
     result = GifQAModel(adapted, tokenizer, profile, base)
+    if result.chat is not None and (now := result.chat.told()) != (then := ours.get("chat")):
+        raise BundleError(
+            f"{folder} was trained by the chat template {then!r}; that of {language_model or found} is {now!r} now. "
+            "Give the tokenizer that it was trained with (language_model.revision), or train the bundle anew"
+        )
     if facts["video"]:
         result.attach_video(_empty_mit(base["encoder"]), base["encoder"]["projection_dim"])
         tensors = load_strictly(folder / "connector.safetensors", result.video_tensors())

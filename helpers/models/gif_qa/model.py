@@ -1,6 +1,7 @@
 """GIF question answering: video tokens in front of a question, in a frozen language model with a trained adapter.
 
-A sequence is [BOS] [video tokens] [question] [answer EOS]; a blind model has no video tokens. Frame embeddings pass
+A sequence is [BOS] [video tokens] [question] [answer EOS]; in a chat, the template's tokens stand around these, and its
+own token ends the answer. A blind model has no video tokens. Frame embeddings pass
 X-CLIP's multi-frame transformer (MIT) and a connector; gradient flows into the adapter, the connector and, where the
 profile says so, the MIT. The bundle on disk holds these and nothing else.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from helpers.config import EvaluationConfig, Profile
 from helpers.corpora.tasks import require_finite_scores
+from helpers.models.chat import chat_format
 from helpers.models.connectors import build_connector
 from helpers.models.gif_qa.window import MAX_NEW_TOKENS, Window, window_size
 from helpers.models.language import (
@@ -33,9 +35,17 @@ from helpers.models.language import (
     language_model_identity,
     load_language_model,
 )
-from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, require_finite
+from helpers.models.parts import IGNORED, BundleError, inference, on_cpu, padded_candidates, require_finite
 from helpers.models.text import answer_tokens, prompt_tokens, start_token
-from helpers.models.xclip import FrameEncoder, MaskedMIT, additive_mask, encoder_identity, load_xclip, portable_name
+from helpers.models.xclip import (
+    FrameEncoder,
+    MaskedMIT,
+    additive_mask,
+    encoder_identity,
+    load_xclip,
+    portable_name,
+    same_encoder,
+)
 from helpers.workspace.disk import whole
 from helpers.workspace.machine import device as default_device
 from helpers.workspace.weights import find_model
@@ -70,6 +80,8 @@ class GifQAModel(nn.Module):
         self.connector = connector
         self.video = connector is not None
         self.start = start_token(tokenizer)
+        self.chat = chat_format(tokenizer, profile.language_model)
+        self.head = 1 if self.chat is None else len(self.chat.head)  # tokens of a prompt in front of the video
 
     @classmethod
     def build(cls, profile: Profile, device: torch.device | None = None, video: bool = True) -> GifQAModel:
@@ -87,6 +99,8 @@ class GifQAModel(nn.Module):
                 "identity": language_model_identity(language_model, tokenizer, folder),
             }
         }
+        if (chat := chat_format(tokenizer, profile.language_model)) is not None:
+            base["language_model"]["chat"] = chat.told()
         xclip = load_xclip(profile.encoder.model, profile.encoder.revision) if video else None
         if xclip is not None:
             base["encoder"] = {
@@ -130,7 +144,7 @@ class GifQAModel(nn.Module):
 
     def check_features(self, encoder_key: str) -> None:
         """Raise BundleError, naming both, when features of `encoder_key` are not the ones this model was made for."""
-        if self.video and encoder_key != self.encoder_key:
+        if self.video and not same_encoder(encoder_key, self.encoder_key):
             raise BundleError(
                 f"this model takes features of the encoder {self.encoder_key}, but these are of {encoder_key}; cache "
                 "features with the model's own encoder, or train a bundle on these"
@@ -149,11 +163,18 @@ class GifQAModel(nn.Module):
 
     def encode_prompt(self, question: str, options: Sequence[str] | None = None) -> list[int]:
         """Token ids of BOS and the prompt; options, where given, are listed behind the question."""
-        return prompt_tokens(self.tokenizer, self.profile.language_model.prompt, question, options)
+        config = self.profile.language_model
+        return prompt_tokens(self.tokenizer, config.prompt, question, options, config.option_style, self.chat)
 
     def encode_answer(self, answer: str) -> list[int]:
-        """Token ids of " answer" and the terminator (EOS); an empty answer is the terminator alone."""
-        return answer_tokens(self.tokenizer, answer)
+        """Token ids of an answer and the terminator; an empty answer is the terminator alone."""
+        return answer_tokens(self.tokenizer, answer, self.chat)
+
+    def text_of(self, prompt: Sequence[int], answer: Sequence[int] = ()) -> str:
+        """What the model reads, decoded from its token ids, with a mark where the video tokens stand."""
+        parts = prompt[: self.head], [*prompt[self.head :], *answer]
+        mark = "[video tokens]" if self.video else ""
+        return mark.join(self.tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts)
 
     # ---- Sequences ---------------------------------------------------------------------------------------------
 
@@ -188,15 +209,15 @@ class GifQAModel(nn.Module):
     def _sequence(
         self, input_ids: Tensor, attention_mask: Tensor, video: tuple[Tensor, Tensor] | None, left: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pack [BOS] [video tokens] [rest of the text] of each row without gaps.
+        """Pack [head of the text] [video tokens] [rest of the text] of each row without gaps.
 
         Returns embeddings [B, S, H], their mask [B, S], and `order` [B, S]: which column of input_ids each came from
         (negative: a video token). Padding is on the right, or with `left` on the left.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
-        # Sorting by rank puts BOS (0) first, then video (1), then text (2), with padding at one end; it is stable.
+        # Sorting by rank puts the head (0) first, then video (1), then text (2), with padding at one end; it is stable.
         padding = -1 if left else 3
-        rank = torch.where(attention_mask.cumsum(1) <= 1, 0, 2).masked_fill(attention_mask == 0, padding)
+        rank = torch.where(attention_mask.cumsum(1) <= self.head, 0, 2).masked_fill(attention_mask == 0, padding)
         if video is not None:
             tokens, mask = self._video_tokens(*video)
             embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)
@@ -224,22 +245,46 @@ class GifQAModel(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         frames: Tensor | None = None,
         lengths: Tensor | None = None,
+        candidates: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss of the answers.
+        """Loss of the answers; with `candidates` in place of `labels`, as `_choice_loss` says.
 
         input_ids [B, L]: prompt and answer of each row; attention_mask [B, L]; labels [B, L]: the answer's token ids,
-        -100 elsewhere; frames [B, N, D] (padded) and lengths [B]: frame embeddings, ignored by a blind model.
-        Returns loss (mean cross-entropy in nats over all answer tokens) and logits [M, V] of the M answer tokens, in
+        -100 elsewhere; candidates [B, K, A]: token ids of the right answer and of wrong ones, -100 where there is none,
+        behind input_ids, which then hold prompts alone; frames [B, N, D] (padded) and lengths [B]: frame embeddings,
+        ignored by a blind model. Returns loss (mean cross-entropy in nats over all answer tokens or, by
+        `training.loss`, over the rows of the mean over each one's) and logits [M, V] of the M answer tokens, in
         row-major order. Raises ValueError for a batch without an answer token or with frames of another encoder.
         """
         embeddings, mask, order = self._sequence(input_ids, attention_mask, self.video_input(frames, lengths))
+        if candidates is not None:
+            return self._choice_loss(embeddings, mask, candidates)
         targets = labels.gather(1, order.clamp(min=0)).masked_fill(~mask | (order < 0), IGNORED)[:, 1:]
         answers = targets != IGNORED
         hidden = self._hidden(embeddings, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))
-        return answer_loss(head_logits(self.language_model, hidden[:, :-1][answers]), targets[answers])
+        counts = answers.sum(1) if self.profile.training.loss == "per_question" else None
+        return answer_loss(head_logits(self.language_model, hidden[:, :-1][answers]), targets[answers], counts)
+
+    def _choice_loss(self, prefix: Tensor, prefix_mask: Tensor, candidates: Tensor) -> dict[str, Tensor]:
+        """Loss of rows of which some choose among candidates [B, K, A], and the candidates' scores [B, K] in nats.
+
+        A row's loss is the mean cross-entropy of the tokens of its right answer, the first candidate. Where it has
+        others, `training.choice` adds ('beside') or puts in its place ('instead') the cross-entropy of a softmax over
+        the candidates' scores, the log-probabilities of whole answers. The loss is the mean over the rows or, by
+        `training.loss`, over the tokens of their right answers.
+        """
+        training = self.profile.training
+        log_probs, given = self._candidate_log_probs(prefix, prefix_mask, candidates), candidates != IGNORED
+        scores, counts = log_probs.sum(2), given[:, 0].sum(1)
+        likelihood, right = -scores[:, 0] / counts, scores[:, 0]
+        choice = scores.masked_fill(~given.any(2), -math.inf).logsumexp(1) - right  # 0 without a wrong one
+        chosen = given.any(2).sum(1) > 1
+        losses = likelihood + choice if training.choice == "beside" else torch.where(chosen, choice, likelihood)
+        weights = torch.ones_like(counts) if training.loss == "per_question" else counts
+        return {"loss": (losses * weights).sum() / weights.sum(), "scores": scores}
 
     # ---- Answers -----------------------------------------------------------------------------------------------
 
@@ -252,20 +297,28 @@ class GifQAModel(nn.Module):
         return embeddings, mask
 
     def decode(
-        self, prompts: Sequence[Sequence[int]], video: tuple[Tensor, Tensor] | None, num_beams: int, returned: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        video: tuple[Tensor, Tensor] | None,
+        num_beams: int,
+        returned: int,
+        new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[list[str]]:
-        """Texts of the `returned` best beams of each prompt; `video` as of `video_input`."""
+        """Texts, of `new_tokens` at most, of the `returned` best beams of each prompt; `video` as of `video_input`."""
         embeddings, mask = self._prefix(prompts, video, left=True)
-        self._require_room(embeddings.shape[1] + MAX_NEW_TOKENS)
+        self._require_room(embeddings.shape[1] + new_tokens)
         tokens = self.language_model.generate(
             inputs_embeds=embeddings,
             attention_mask=mask.long(),
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=new_tokens,
             do_sample=False,
             num_beams=num_beams,
             num_return_sequences=returned,
         )
-        texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        ends = torch.tensor(self.language_model.get_base_model().generation_config.eos_token_id, device=tokens.device)
+        written = torch.isin(tokens, ends).cumsum(1) == 0  # a tokenizer need not call the end of a turn special
+        answers = [row[own].tolist() for row, own in zip(tokens, written, strict=True)]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
         return [texts[i : i + returned] for i in range(0, len(texts), returned)]
 
     def generate(
@@ -274,14 +327,16 @@ class GifQAModel(nn.Module):
         frames: Any = None,
         lengths: Any = None,
         num_beams: int = 1,
+        new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[str]:
-        """Open-ended answers by greedy (num_beams=1) or beam search.
+        """Open-ended answers, of `new_tokens` at most, by greedy (num_beams=1) or beam search.
 
         prompts: token ids from `encode_prompt`; frames [B, N, D] and lengths [B] (0: nothing is shown), tensors or
         arrays, ignored by a blind model.
         """
         with inference(self):
-            return [texts[0] for texts in self.decode(prompts, self.video_input(frames, lengths), num_beams, 1)]
+            video = self.video_input(frames, lengths)
+            return [texts[0] for texts in self.decode(prompts, video, num_beams, 1, new_tokens)]
 
     def score(
         self,
@@ -335,52 +390,49 @@ class GifQAModel(nn.Module):
         candidates: Sequence[Sequence[Sequence[int]]],
         video: tuple[Tensor, Tensor] | None,
     ) -> list[np.ndarray]:
-        """Summed log-probabilities of each row's candidates, in one pass.
+        """Summed log-probabilities of each row's candidates, in one pass."""
+        tokens = torch.from_numpy(padded_candidates(candidates)).to(self.device)
+        sums = self._candidate_log_probs(*self._prefix(prompts, video), tokens).double().sum(2).cpu().numpy()
+        return [values[: len(row)] for values, row in zip(sums, candidates, strict=True)]
 
+    def _candidate_log_probs(self, prefix: Tensor, prefix_mask: Tensor, candidates: Tensor) -> Tensor:
+        """Log-probability of each token of each row's candidates behind its prefix, float32 [B, K, A], in one pass.
+
+        prefix [B, S, H] with its mask [B, S]; candidates [B, K, A]: token ids, `IGNORED` where there is none (0 there).
         All candidates of a row stand behind its prefix in one sequence. A mask lets each see the prefix and itself
         only, and each counts its positions from the prefix's end: the same as one sequence a candidate.
         """
-        prefix, prefix_mask = self._prefix(prompts, video)
         batch, start = prefix_mask.shape
-        lengths = prefix_mask.sum(1).tolist()
-        self._require_room(max(n + len(c) for n, row in zip(lengths, candidates, strict=True) for c in row))
+        longest = candidates.shape[2]
+        given = candidates != IGNORED
+        ends = prefix_mask.sum(1)
+        self._require_room(int((ends + given.sum(2).amax(1)).max()))
         # A candidate's last token is predicted but never read, so it needs no place in the sequence.
-        read = [[token for c in row for token in c[:-1]] for row in candidates]
-        width = max(len(row) for row in read)
-        tokens, segment, offset = (np.full((batch, width), fill) for fill in (self.start, -1, 0))
-        sources, targets, owners = [], [], []  # which position predicts which token, and for which candidate
-        for i, row in enumerate(candidates):
-            last, place = lengths[i] - 1, 0
-            for k, candidate in enumerate(row):
-                size = len(candidate) - 1
-                span = slice(place, place + size)
-                tokens[i, span], segment[i, span], offset[i, span] = candidate[:-1], k, range(size)
-                sources += [(i, last), *((i, start + p) for p in range(place, place + size))]
-                targets += candidate
-                owners += [(i, k)] * len(candidate)
-                place += size
-        tokens, segment, offset = (torch.as_tensor(a, device=self.device) for a in (tokens, segment, offset))
+        read = F.pad(given[:, :, 1:], (0, 1)).flatten(1)
+        width = int(read.sum(1).max())
+        place = read.long().sort(dim=1, descending=True, stable=True).indices[:, :width]
+        unused = ~read.gather(1, place)
+        tokens = candidates.flatten(1).gather(1, place).masked_fill(unused, self.start)
+        segment = (place // longest).masked_fill(unused, -1)
+        offset = (place % longest).masked_fill(unused, 0)
 
         embeddings = torch.cat([prefix, self.language_model.get_input_embeddings()(tokens)], dim=1)
-        positions = torch.cat([(prefix_mask.cumsum(1) - 1).clamp(min=0), prefix_mask.sum(1, keepdim=True) + offset], 1)
-        total = start + width
+        positions = torch.cat([(prefix_mask.cumsum(1) - 1).clamp(min=0), ends[:, None] + offset], dim=1)
         segments = torch.cat([segment.new_full((batch, start), -1), segment], dim=1)  # -1: prefix or padding
-        seen = torch.zeros(batch, total, dtype=torch.bool, device=self.device)
-        seen[:, :start] = prefix_mask
+        seen = F.pad(prefix_mask, (0, width))
         own = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
         allowed = (seen[:, None, :] | own).tril()
         hidden = self._hidden(embeddings, additive_mask(allowed, embeddings.dtype)[:, None], positions)
 
-        rows, columns = torch.tensor(sources, device=self.device).T
-        target = torch.tensor(targets, device=self.device)
+        # Which position predicts which token: the prefix's last one the first, the place of each token the next one.
+        after = (start - 1 + read.cumsum(1)).view_as(candidates)[:, :, :-1]
+        source = torch.cat([(ends - 1)[:, None, None].expand(-1, candidates.shape[1], 1), after], dim=2)
+        rows, columns, targets = given.nonzero()[:, 0], source[given], candidates[given]
         values = [  # in parts: a vocabulary of 128,256 makes the logits by far the largest tensor
             head_logits(self.language_model, hidden[r, c]).log_softmax(-1).gather(1, t[:, None])[:, 0]
-            for r, c, t in zip(rows.split(1024), columns.split(1024), target.split(1024), strict=True)
+            for r, c, t in zip(rows.split(1024), columns.split(1024), targets.split(1024), strict=True)
         ]
-        sums = [np.zeros(len(row)) for row in candidates]
-        for (i, k), value in zip(owners, torch.cat(values).tolist(), strict=True):
-            sums[i][k] += value
-        return sums
+        return hidden.new_zeros(candidates.shape, dtype=torch.float32).masked_scatter(given, torch.cat(values))
 
     def best_answer(
         self, prompts: Sequence[Sequence[int]], vocabulary: Sequence[str], frames: Any = None, lengths: Any = None

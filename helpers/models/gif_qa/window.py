@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from helpers.config import Profile
 from helpers.corpora.schema import reject_table
 from helpers.corpora.tasks import COUNTS, MULTIPLE_CHOICE, target_answer
+from helpers.models.chat import ChatFormat, chat_format
 from helpers.models.connectors import video_tokens
 from helpers.models.text import answer_tokens, prompt_tokens
 from helpers.workspace.weights import ModelNotFound, find_model
@@ -37,19 +38,21 @@ class Window:
     def of(cls, profile: Profile) -> Window:
         """The window of the profile's language model, from its configuration and tokenizer; no weights are needed.
 
-        Raises ModelNotFound when these are nowhere to be had.
+        Raises ModelNotFound when these are nowhere to be had, ChatTemplateError for a template that cannot be used.
         """
         config = profile.language_model
         folder = find_model(config.model, config.revision, weights=False)
-        return cls(AutoTokenizer.from_pretrained(folder), window_size(AutoConfig.from_pretrained(folder)), profile)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        chat_format(tokenizer, config)  # told here, before anything is trained
+        return cls(tokenizer, window_size(AutoConfig.from_pretrained(folder)), profile)
 
     def too_long(self, questions: pd.DataFrame, frames: Mapping[str, int]) -> pd.DataFrame:
         """The questions that do not fit, as rejects: question_id, GIF, reason.
 
         questions: QA table with `gif_sha256`. frames: sampled frames of each GIF's longest view, by gif_sha256. A
-        sequence is the prompt, the video tokens, and what may stand behind them: in training the answer; in the test
-        the longest option or count, or what the model writes. A test question is asked about other GIFs too
-        (shuffled), so that it needs room for the longest of them.
+        sequence is the prompt, the video tokens, and what may stand behind them: in training the answer, or the longest
+        option where the options' scores are compared; in the test the longest option or count, or what the model
+        writes. A test question is asked about other GIFs too (shuffled), so that it needs room for the longest of them.
         """
         if self.size is None:
             return reject_table([])
@@ -57,14 +60,16 @@ class Window:
         test = (questions["split"] == "test").to_numpy()
         shown[test] = shown[test].max(initial=0)
         video, profile = self.video(shown), self.profile
+        chat = chat_format(self.tokenizer, profile.language_model)
         known: dict[Any, int] = {}  # many questions and most answers occur again and again
         rejects = []
         for row, tokens, tested in zip(questions.itertuples(), video.tolist(), test, strict=True):
             closed = row.task in MULTIPLE_CHOICE
             asked = (row.question, tuple(row.options) if closed and profile.evaluation.options_in_prompt else ())
             if asked not in known:
-                known[asked] = len(prompt_tokens(self.tokenizer, profile.language_model.prompt, *asked))
-            behind = self._behind(row, tested, known)
+                config = profile.language_model
+                known[asked] = len(prompt_tokens(self.tokenizer, config.prompt, *asked, config.option_style, chat))
+            behind = self._behind(row, tested, known, chat)
             if known[asked] + tokens + behind > self.size:
                 parts = f"{known[asked]} tokens of question and prompt, {tokens} of the GIF, {behind} for the answer"
                 rejects.append((row.question_id, row.gif, f"too long: {parts}; the window has {self.size}"))
@@ -74,17 +79,18 @@ class Window:
         """Video tokens of so many frames."""
         return video_tokens(self.profile.connector, frames, self.profile.encoder.frames_per_group)
 
-    def _behind(self, row: Any, tested: bool, known: dict[Any, int]) -> int:
+    def _behind(self, row: Any, tested: bool, known: dict[Any, int], chat: ChatFormat | None) -> int:
         """Tokens of the longest answer that may stand behind a question."""
-        if not tested:
-            answers: Iterable[str] = [target_answer(row.task, row.answer, row.label)]
+        answers: Iterable[str] = row.options
+        if not tested and (row.task not in MULTIPLE_CHOICE or self.profile.training.choice == "none"):
+            answers = [target_answer(row.task, row.answer, row.label)]
         elif row.task == "frameqa":
             return WRITTEN_TOKENS
-        else:
-            answers = COUNTS if row.task == "count" else row.options
+        elif row.task == "count":
+            answers = COUNTS
         for text in answers:
             if text not in known:
-                known[text] = len(answer_tokens(self.tokenizer, text))
+                known[text] = len(answer_tokens(self.tokenizer, text, chat))
         return max(known[text] for text in answers)
 
     def require_room(self, needed: int, told: str) -> None:

@@ -69,9 +69,25 @@ class Remote:
         self.no_hours: tuple[float, str] = (0.0, "")  # until when Kaggle gives no GPU-hours, in its words
         if state.setdefault("owner", self.site.owner) != self.site.owner:
             raise ConfigError(f"run {plan.run!r} belongs to {state['owner']}, but the token is {self.site.owner}'s")
+        stages = state.setdefault("stages", {})
         for spec in plan.specs:
-            entry = {"status": "waiting", "kernel": kernel_id(self.site.owner, plan.run, spec.name), "source": ""}
-            state.setdefault("stages", {}).setdefault(spec.name, entry)
+            if spec.name not in stages:
+                kernel = kernel_id(self.site.owner, plan.run, spec.name)
+                self._refuse_anothers(kernel)
+                stages[spec.name] = {"status": "waiting", "kernel": kernel, "source": ""}
+
+    def _refuse_anothers(self, kernel: str) -> None:
+        """Raise ConfigError if another run holds this notebook: Kaggle's names tell `a_b` and `A.B` not apart."""
+        for folder in self._other_runs():
+            if kernel in (entry.get("kernel") for entry in quota.pushed_elsewhere(folder).values()):
+                raise ConfigError(
+                    f"run {self.plan.run!r} would be pushed to the notebook of run {folder.name!r}, {kernel}: Kaggle "
+                    "knows only small letters, digits and hyphens in names. Push it under a name that differs in "
+                    f"these (--run NAME), or go on with the other: ./run_all.sh kaggle resume --run {folder.name}"
+                )
+
+    def _other_runs(self) -> list[Path]:
+        return sorted({file.parent for file in runs_root().glob("*/kaggle.json")} - {self.plan.folder})
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
@@ -205,8 +221,7 @@ class Remote:
     def _at_work(self) -> list[dict[str, Any]]:
         """Return the entries of this account's GPU sessions that are under way, those of other runs among them."""
         costly = {spec.name for spec in self.plan.suite.stages if spec.gpu}
-        others = {file.parent for file in runs_root().glob("*/kaggle.json")} - {self.plan.folder}
-        stages = [self.state["stages"], *map(quota.pushed_elsewhere, sorted(others))]
+        stages = [self.state["stages"], *map(quota.pushed_elsewhere, self._other_runs())]
         entries = [entry for run in stages for name, entry in run.items() if name in costly]
         mine = [entry for entry in entries if entry["kernel"].startswith(f"{self.site.owner}/")]
         return [

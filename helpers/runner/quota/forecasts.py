@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +30,7 @@ class Forecast:
     source: str
     gpu: bool = True
     measured: bool = False  # by this stage's own steps
+    epoch: float = 0.0  # seconds of one pass over what it trains on, where that is known
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def decide(forecast: Forecast, now: float, ends: float) -> Decision:
     if need <= room:
         return Decision(True, True, told)
     told += f", {span(room)} until the deadline"
+    if 0 < room < forecast.epoch:
+        told += f", which is less than one epoch ({span(forecast.epoch)})"
     if room < USEFUL_SECONDS:
         return Decision(False, False, f"{told}: too little to start")
     return Decision(True, False, f"{told}: saved and paused there")
@@ -82,7 +86,7 @@ def forecast(
     if found := own_pace(folder) or told.get("to_come"):
         return Forecast(spec.name, *found, spec.gpu, measured=True)
     if found := _measured(spec, profile, {gpu.name for gpu in gpus()} if cards is None else cards):
-        whole = Forecast(spec.name, *found, spec.gpu)
+        whole = _with_epoch(Forecast(spec.name, *found, spec.gpu), spec, profile)
     else:
         whole = from_minutes(spec, profile)
     # a forecast that was not measured may be too short: what is left of it is never nothing
@@ -93,7 +97,14 @@ def forecast(
 def from_minutes(spec: StageSpec, profile: Profile) -> Forecast:
     """Forecast a whole stage from the minutes of suite.yaml, the longest ones for a profile that is not listed."""
     minutes = spec.minutes.get(profile.name, max(spec.minutes.values()))
-    return Forecast(spec.name, 60 * minutes, "suite.yaml's minutes, not measured", spec.gpu)
+    whole = Forecast(spec.name, 60 * minutes, "suite.yaml's minutes, not measured", spec.gpu)
+    return _with_epoch(whole, spec, profile)
+
+
+def _with_epoch(whole: Forecast, spec: StageSpec, profile: Profile) -> Forecast:
+    """The forecast of a whole stage with what one of its epochs takes of it."""
+    epochs = sum(attrgetter(key)(profile) for key in spec.epochs)
+    return replace(whole, epoch=whole.seconds / max(epochs, 1.0)) if spec.epochs else whole
 
 
 def forecast_table(forecasts: Sequence[Forecast]) -> pd.DataFrame:

@@ -1,0 +1,58 @@
+"""Captions that a model writes of GIFs, beside those that people wrote of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from helpers.answers.tgif_qa import token_batches
+from helpers.scoring.captions import caption_scores
+
+if TYPE_CHECKING:
+    from helpers.models.gif_qa.model import GifQAModel
+    from helpers.store.features import FeatureTable
+
+WRITTEN_GIFS = 200  # enough to compare two trainings by; each caption is written word by word
+CAPTION_TOKENS = 60  # of a caption at most
+
+
+def write_captions_of(
+    model: GifQAModel, held: pd.DataFrame, features: FeatureTable, most: int = WRITTEN_GIFS
+) -> pd.DataFrame:
+    """Caption held-out GIFs greedily by the prompt of stage one, `most` of them, drawn by training.seed.
+
+    held: rows of `training.caption_rows`. Returns a row a GIF: gif_sha256, written, references (its own captions).
+    """
+    profile = model.profile
+    references = held.groupby("gif_sha256")["answer"].agg(list)
+    drawn = np.random.default_rng(profile.training.seed).permutation(len(references))[:most]
+    gifs, groups = references.index[np.sort(drawn)].tolist(), profile.evaluation.groups
+    prompt = model.encode_prompt(profile.alignment.prompt)
+    lengths = features.lengths(gifs, groups) + len(prompt) + CAPTION_TOKENS
+    written = dict.fromkeys(gifs, "")
+    for batch in tqdm(token_batches(lengths, profile.evaluation.batch_tokens), desc="captions", unit="batch"):
+        shown = [gifs[i] for i in batch]
+        texts = model.generate([prompt] * len(batch), *features.fetch(shown, groups), new_tokens=CAPTION_TOKENS)
+        written |= dict(zip(shown, texts, strict=True))
+    return pd.DataFrame(
+        {"gif_sha256": gifs, "written": written.values(), "references": [references[gif] for gif in gifs]}
+    )
+
+
+def score_captions(table: pd.DataFrame) -> pd.DataFrame:
+    """BLEU-4 and CIDEr of `write_captions_of`'s table; below, the same captions as if each were of the next GIF.
+
+    That second row is what fluent captions of other GIFs score: what is above it comes from looking.
+    """
+    references = dict(zip(table["gif_sha256"], table["references"], strict=True))
+    others = [*table["gif_sha256"][1:], *table["gif_sha256"][:1]]
+    rows = {"model": table["gif_sha256"], "another GIF's captions": others}
+    return pd.DataFrame(
+        {
+            name: caption_scores(dict(zip(gifs, table["written"], strict=True)), references)
+            for name, gifs in rows.items()
+        }
+    ).T

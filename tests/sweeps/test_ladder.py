@@ -1,0 +1,79 @@
+"""The recipe's ladder: which keys its rungs set, what it trains, and that it goes on where it was."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers.config import load_profile, profile_keys
+from helpers.models.gif_qa.model import GifQAModel
+from helpers.stage.pace import DeadlineReached
+from helpers.sweeps import gif_qa as sweep
+from helpers.sweeps.gif_qa import PARTS, WITHOUT, Rung, changed, run_ladder, rungs
+from tests.training.test_alignment import CAPTIONS, GIFS, Features
+
+OPTIONS = ["jump", "duck"]
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """A question a GIF; the last two GIFs are those of the test."""
+    rows = pd.DataFrame({"question_id": [f"q{n}" for n in range(len(GIFS))], "gif_sha256": GIFS, "gif": GIFS})
+    rows = rows.assign(task="action", question="what does it do twice ?", type="", num_frames=range(5, 13))
+    rows["split"] = ["train"] * 6 + ["test"] * 2
+    rows["label"] = [number % 2 for number in range(len(GIFS))]
+    return rows.assign(options=[OPTIONS] * len(rows), answer=[OPTIONS[label] for label in rows["label"]])
+
+
+@pytest.fixture(scope="module")
+def profile(make_profile):
+    return make_profile(training__epochs=1.0, training__tokens_per_step=200, training__warmup_ratio=0.0)
+
+
+@pytest.fixture(scope="module")
+def features(profile):
+    return Features(GifQAModel.build(profile).encoder_key)
+
+
+def test_every_rung_sets_keys_that_there_are_and_changes_one_part_of_the_plain_way():
+    rows, tiny = rungs("recipe"), load_profile("tiny")
+    assert list(rows) == ["plain", *PARTS, "all"]
+    for label, rung in rows.items():
+        assert set(rung.values) == set(WITHOUT) <= set(profile_keys())
+        moved = {key for key, value in rung.values.items() if value != WITHOUT[key]}
+        assert moved == (set(WITHOUT) if label == "all" else set(PARTS.get(label, {})))
+        dumped = changed(tiny, rung.values).model_dump()
+        assert all(dumped[key.split(".")[0]][key.split(".")[1]] == value for key, value in rung.values.items())
+    shares = [(rung.share, rung.values["alignment.epochs"]) for rung in rungs("captions").values()]
+    assert shares == [(0.1, 0.0), (0.1, 1.0), (0.3, 0.0), (0.3, 1.0), (1.0, 0.0), (1.0, 1.0)]
+    with pytest.raises(ValueError, match="'recipes'; there are recipe, captions"):
+        rungs("recipes")
+
+
+def test_a_rung_is_trained_and_scored_on_its_share_and_goes_on(questions, profile, features, tmp_path, monkeypatch):
+    captions = CAPTIONS[~CAPTIONS["gif_sha256"].isin(GIFS[6:])]
+    rows = {"plain": Rung({}), "captions, half of the GIFs": Rung({"alignment.epochs": 1.0}, 0.5)}
+    monkeypatch.setattr(sweep, "rungs", lambda name: rows)
+    seen, real = [], sweep.train
+
+    def watched(model, learnt, *args, **options):
+        seen.append((sorted(set(learnt["gif_sha256"])), options["aligned"] is not None))
+        return real(model, learnt, *args, **options)
+
+    monkeypatch.setattr(sweep, "train", watched)
+    with pytest.raises(DeadlineReached, match="'plain', seed 0"):
+        run_ladder("recipe", questions, captions, features, profile, tmp_path, seeds=1, deadline=-1.0)
+    seen.clear()
+    runs = run_ladder("recipe", questions, captions, features, profile, tmp_path, seeds=1)
+    assert runs[["row", "seed"]].values.tolist() == [[label, 0] for label in rows]
+    assert [aligned for _, aligned in seen] == [False, True]
+    assert [len(gifs) for gifs, _ in seen] == [6, 3] and not {*GIFS[6:]} & {g for gifs, _ in seen for g in gifs}
+    assert runs["questions"].tolist() == [6, 3]
+
+    answered = pd.read_parquet(tmp_path / "captions_half_of_the_gifs-0" / "predictions.parquet")
+    assert set(answered["gif_sha256"]) == set(GIFS[6:])
+    right = [row.prediction == row.answer for row in answered.itertuples()]
+    assert runs["action_accuracy"].iloc[1] == np.mean(right) and np.isnan(runs["count_mse"]).all()
+
+    monkeypatch.setattr(sweep, "predict", None)  # what is finished is not asked again
+    again = run_ladder("recipe", questions, captions, features, profile, tmp_path, seeds=1)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), runs.drop(columns="seconds"))
