@@ -45,6 +45,9 @@ def test_every_rung_sets_keys_that_there_are_and_changes_one_part_of_the_plain_w
         assert all(dumped[key.split(".")[0]][key.split(".")[1]] == value for key, value in rung.values.items())
     shares = [(rung.share, rung.values["alignment.epochs"]) for rung in rungs("captions").values()]
     assert shares == [(0.1, 0.0), (0.1, 1.0), (0.3, 0.0), (0.3, 1.0), (1.0, 0.0), (1.0, 1.0)]
+    without = rungs("recipe", chat=False)
+    assert list(without) == [label for label in rows if "chat" not in label]
+    assert not any(rung.values["language_model.chat"] for rung in without.values())
     with pytest.raises(ValueError, match="'recipes'; there are recipe, captions"):
         rungs("recipes")
 
@@ -52,7 +55,7 @@ def test_every_rung_sets_keys_that_there_are_and_changes_one_part_of_the_plain_w
 def test_a_rung_is_trained_and_scored_on_its_share_and_goes_on(questions, profile, features, tmp_path, monkeypatch):
     captions = CAPTIONS[~CAPTIONS["gif_sha256"].isin(GIFS[6:])]
     rows = {"plain": Rung({}), "captions, half of the GIFs": Rung({"alignment.epochs": 1.0}, 0.5)}
-    monkeypatch.setattr(sweep, "rungs", lambda name: rows)
+    monkeypatch.setattr(sweep, "rungs", lambda name, chat: rows)
     seen, real = [], sweep.train
 
     def watched(model, learnt, *args, **options):
@@ -60,6 +63,8 @@ def test_a_rung_is_trained_and_scored_on_its_share_and_goes_on(questions, profil
         return real(model, learnt, *args, **options)
 
     monkeypatch.setattr(sweep, "train", watched)
+    with pytest.raises(ValueError, match="no caption of a training GIF"):
+        run_ladder("recipe", questions, captions[:0], features, profile, tmp_path, seeds=1)
     with pytest.raises(DeadlineReached, match="'plain', seed 0"):
         run_ladder("recipe", questions, captions, features, profile, tmp_path, seeds=1, deadline=-1.0)
     seen.clear()
