@@ -8,7 +8,9 @@ from helpers.config import load_profile, profile_keys
 from helpers.models.gif_qa.model import GifQAModel
 from helpers.stage.pace import DeadlineReached
 from helpers.sweeps import gif_qa as sweep
+from helpers.sweeps.adem_vl import ablation_rows
 from helpers.sweeps.gif_qa import PARTS, WITHOUT, Rung, changed, run_ladder, rungs
+from helpers.sweeps.runs import ABLATIONS, is_asked
 from tests.training.test_alignment import CAPTIONS, GIFS, Features
 
 OPTIONS = ["jump", "duck"]
@@ -50,6 +52,20 @@ def test_every_rung_sets_keys_that_there_are_and_changes_one_part_of_the_plain_w
     assert not any(rung.values["language_model.chat"] for rung in without.values())
     with pytest.raises(ValueError, match="'recipes'; there are recipe, captions"):
         rungs("recipes")
+
+
+def test_one_parameter_names_the_ablations_of_every_system():
+    assert ABLATIONS["gif_qa"] == tuple(name for name in ABLATIONS["gif_qa"] if rungs(name))
+    assert ABLATIONS["adem_vl"] == tuple(name for name in ABLATIONS["adem_vl"] if ablation_rows(name, 8))
+    names = sum(ABLATIONS.values(), ())
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert [system for system in ABLATIONS if is_asked(name, system)] == [
+            s for s in ABLATIONS if name in ABLATIONS[s]
+        ]
+    assert not any(is_asked("", system) for system in ABLATIONS)
+    with pytest.raises(ValueError, match="'lader'; there are recipe, captions, ladder"):
+        is_asked("lader", "gif_qa")
 
 
 def test_a_rung_is_trained_and_scored_on_its_share_and_goes_on(questions, profile, features, tmp_path, monkeypatch):
