@@ -24,12 +24,10 @@ from helpers.runner.plan import make_plan, parse_deadline, run_parser
 from helpers.runner.quota.budgets import Account
 from helpers.stage.suite import StageSpec, load_suite, suite_file
 from helpers.suite import main
-from helpers.sweeps.runs import is_asked
 from helpers.workspace.place import repo_root
 from helpers.workspace.weights import find_model
 from tests.benchmarks.__main__ import names as benchmarks
 
-ABLATED = {"04_evaluation": "gif_qa", "05_adem_scienceqa": "adem_vl"}
 ROOT, SUITE = repo_root(), load_suite(suite_file())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
@@ -70,8 +68,6 @@ def check_plan(parser: ArgumentParser, words: list[str]) -> None:
     assert chosen and (not args.deadline or parse_deadline(args.deadline))
     for name, value in args.parameters:
         assert name not in PATHS or value.startswith("/kaggle/input/") or Path(value).exists(), f"no {value}"
-        if name == "ablation":
-            assert any(is_asked(value, ABLATED[spec.name]) for spec in chosen if spec.name in ABLATED)
     if hasattr(args, "attach"):  # a push: what a stage reads is pushed with it
         assert {read for spec in chosen for read in spec.inputs} <= {spec.name for spec in chosen}
 

@@ -24,14 +24,18 @@ def write_captions_of(
 ) -> pd.DataFrame:
     """Caption held-out GIFs greedily by the prompt of stage one, `most` of them, drawn by training.seed.
 
+    One that leaves no room for a caption in the language model's window is passed over.
     held: rows of `training.caption_rows`. Returns a row a GIF: gif_sha256, written, references (its own captions).
     """
     profile = model.profile
     references = held.groupby("gif_sha256")["answer"].agg(list)
+    groups, prompt = profile.evaluation.groups, model.encode_prompt(profile.alignment.prompt)
+    window, shown = model.window(), features.lengths(references.index.tolist(), [groups] * len(references))
+    needed = window.video(np.asarray(shown)) + len(prompt) + CAPTION_TOKENS
+    references = references[needed <= (window.size or np.inf)]  # what the window holds with a whole caption behind it
     drawn = np.random.default_rng(profile.training.seed).permutation(len(references))[:most]
-    gifs, groups = references.index[np.sort(drawn)].tolist(), profile.evaluation.groups
-    prompt = model.encode_prompt(profile.alignment.prompt)
-    lengths = features.lengths(gifs, groups) + len(prompt) + CAPTION_TOKENS
+    gifs = references.index[np.sort(drawn)].tolist()
+    lengths = features.lengths(gifs, [groups] * len(gifs)) + len(prompt) + CAPTION_TOKENS
     written = dict.fromkeys(gifs, "")
     for batch in tqdm(token_batches(lengths, profile.evaluation.batch_tokens), desc="captions", unit="batch"):
         shown = [gifs[i] for i in batch]
@@ -45,11 +49,12 @@ def write_captions_of(
 def score_captions(table: pd.DataFrame) -> pd.DataFrame:
     """BLEU-4 and CIDEr of `write_captions_of`'s table; below, the same captions as if each were of the next GIF.
 
-    That second row is what fluent captions of other GIFs score: what is above it comes from looking.
+    That second row is what fluent captions of other GIFs score: what is above it comes from looking. A single GIF has
+    no other one, and no such row.
     """
     references = dict(zip(table["gif_sha256"], table["references"], strict=True))
     others = [*table["gif_sha256"][1:], *table["gif_sha256"][:1]]
-    rows = {"model": table["gif_sha256"], "another GIF's captions": others}
+    rows = {"model": table["gif_sha256"]} | ({"another GIF's captions": others} if len(table) > 1 else {})
     return pd.DataFrame(
         {
             name: caption_scores(dict(zip(gifs, table["written"], strict=True)), references)

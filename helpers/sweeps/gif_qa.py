@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from helpers.answers.tgif_qa import predict
 from helpers.config import Profile
 from helpers.models.gif_qa.model import GifQAModel
+from helpers.models.gif_qa.window import Window
 from helpers.scoring.tgif_qa import join_variants, metrics
 from helpers.stage.pace import DeadlineReached
 from helpers.store.tables import keep
@@ -94,7 +95,8 @@ def run_ladder(
 
     questions: of both splits, with `num_frames`; captions: as `store.read_captions` gives them. The seed decides
     weights, order and, where a rung takes a share of the GIFs, which. A run that is finished is kept in `folder`, so
-    that a killed one goes on; a model is freed before the next is built. Raises, before anything is trained, ValueError
+    that a killed one goes on; a model is freed before the next is built. What one rung has no room for in the language
+    model's window no rung is asked. Raises, before anything is trained, ValueError
     for an unknown ladder and where there are no captions to learn from; DeadlineReached when the deadline (in seconds
     from now) has passed.
     """
@@ -106,11 +108,16 @@ def run_ladder(
         raise ValueError(
             f"the ladder {name!r} has a stage one, and there is no caption of a training GIF to learn from"
         )
+    longest = features.longest_views()
+    too_long = [set(Window.of(own).too_long(questions, longest)["item"]) for own, _ in rows.values()]
+    questions = questions[~questions["question_id"].isin(set().union(*too_long))]
     for label, (own, share) in rows.items():
         for seed in range(seeds):
             place = folder / f"{re.sub('[^a-z0-9]+', '_', label.lower()).strip('_')}-{seed}"
             seeded = changed(own, {"training.seed": seed})
-            values = _run(label, questions, captions, features, seeded, share, place, ends)
+            # stage one learns from all captions, whatever share of the questions follows: it is done once
+            described = folder / f"captions-{seed}" if name == "captions" else place / "alignment"
+            values = _run(label, questions, captions, features, seeded, share, (place, described), ends)
             found.append({"row": label, "seed": seed, **values})
             free_memory()
     return pd.DataFrame(found)
@@ -123,9 +130,10 @@ def _run(
     features: FeatureTable,
     profile: Profile,
     share: float,
-    place: Path,
+    places: tuple[Path, Path],
     ends: float,
 ) -> dict[str, float]:
+    place, described = places
     of_train = questions["split"] == "train"
     _, learnt = hold_out(questions[of_train], share, profile.training.seed)
     test = questions[~of_train]
@@ -134,7 +142,7 @@ def _run(
     size = sum(p.numel() for p in trainable(model).values())
     steps = []
     if len(told.trained):
-        aligned = place / "alignment"
+        aligned = described
         steps.append(lambda left: align(model, told.trained, features, profile, aligned, questions=learnt, **left))
     steps.append(lambda left: train(model, learnt, features, profile, place, aligned=aligned, **left))
     for step in steps:

@@ -4,13 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.config import load_profile, profile_keys
+from helpers import plots
+from helpers.config import ConfigError, load_profile, profile_keys
 from helpers.models.gif_qa.model import GifQAModel
+from helpers.runner.plan import sort_parameters
 from helpers.stage.pace import DeadlineReached
+from helpers.stage.suite import load_suite, suite_file
 from helpers.sweeps import gif_qa as sweep
 from helpers.sweeps.adem_vl import ablation_rows
-from helpers.sweeps.gif_qa import PARTS, WITHOUT, Rung, changed, run_ladder, rungs
-from helpers.sweeps.runs import ABLATIONS, is_asked
+from helpers.sweeps.gif_qa import MEASURES, PARTS, WITHOUT, Rung, changed, run_ladder, rungs
+from helpers.sweeps.runs import ablation_table
 from tests.training.test_alignment import CAPTIONS, GIFS, Features
 
 OPTIONS = ["jump", "duck"]
@@ -54,18 +57,20 @@ def test_every_rung_sets_keys_that_there_are_and_changes_one_part_of_the_plain_w
         rungs("recipes")
 
 
-def test_one_parameter_names_the_ablations_of_every_system():
-    assert ABLATIONS["gif_qa"] == tuple(name for name in ABLATIONS["gif_qa"] if rungs(name))
-    assert ABLATIONS["adem_vl"] == tuple(name for name in ABLATIONS["adem_vl"] if ablation_rows(name, 8))
-    names = sum(ABLATIONS.values(), ())
-    assert len(set(names)) == len(names)
-    for name in names:
-        assert [system for system in ABLATIONS if is_asked(name, system)] == [
-            s for s in ABLATIONS if name in ABLATIONS[s]
-        ]
-    assert not any(is_asked("", system) for system in ABLATIONS)
-    with pytest.raises(ValueError, match="'lader'; there are recipe, captions, ladder"):
-        is_asked("lader", "gif_qa")
+def test_the_suites_list_of_ablations_is_that_of_the_ladders():
+    """The runner gives a notebook only the ablations that suite.yaml names for it."""
+    suite = load_suite(suite_file())
+    recipes = suite.spec("04_evaluation").choices["ablation"]
+    assert [list(rungs(name)) for name in recipes] and rungs(recipes[0]) != rungs(recipes[1])
+    assert all(ablation_rows(name, 8) for name in suite.spec("05_adem_scienceqa").choices["ablation"])
+    declared = {"04_evaluation": {"ablation": ""}, "05_adem_scienceqa": {"ablation": ""}}
+    choices = {name: suite.spec(name).choices for name in declared}
+    for own, other in (("04_evaluation", "05_adem_scienceqa"), ("05_adem_scienceqa", "04_evaluation")):
+        for name in choices[own]["ablation"]:
+            _, given = sort_parameters([("ablation", name)], declared, choices)
+            assert given == {own: {"ablation": name}, other: {"ablation": ""}}
+    with pytest.raises(ConfigError, match=r"unknown ablation .lader.; did you mean .ladder.\?"):
+        sort_parameters([("ablation", "lader")], declared, choices)
 
 
 def test_a_rung_is_trained_and_scored_on_its_share_and_goes_on(questions, profile, features, tmp_path, monkeypatch):
@@ -98,3 +103,20 @@ def test_a_rung_is_trained_and_scored_on_its_share_and_goes_on(questions, profil
     monkeypatch.setattr(sweep, "predict", None)  # what is finished is not asked again
     again = run_ladder("recipe", questions, captions, features, profile, tmp_path, seeds=1)
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), runs.drop(columns="seconds"))
+
+
+def test_the_figure_has_a_panel_a_measure_and_a_point_a_rung():
+    """Where a measure has no value, as of a task without questions, there is no point."""
+    rng = np.random.default_rng(0)
+    runs = [{"row": label, "seed": seed, "parameters": 5} for label in rungs("recipe") for seed in range(3)]
+    runs = pd.DataFrame(runs)
+    for measure in MEASURES:
+        runs[measure] = np.nan if measure == "count_mse" else rng.random(len(runs))
+    figure = plots.ladder(ablation_table(runs, MEASURES), "recipe")
+    assert [axis.get_title() for axis in figure.axes] == ["FrameQA", "Action", "Transition", "Count"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(rungs("recipe"))
+    for axis, measure in zip(figure.axes, MEASURES, strict=True):
+        drawn = np.asarray(axis.lines[0].get_xdata(), dtype=float)
+        wanted = [part.mean() for _, part in runs.groupby("row", sort=False)[measure]]
+        np.testing.assert_allclose(drawn, np.array(wanted) * (1 if measure == "count_mse" else 100))
+        assert axis.get_xlabel() and figure.axes[0].get_ylabel() == "training"
