@@ -24,22 +24,20 @@ def write_captions_of(
 ) -> pd.DataFrame:
     """Caption held-out GIFs greedily by the prompt of stage one, `most` of them, drawn by training.seed.
 
-    One that leaves no room for a caption in the language model's window is passed over.
     held: rows of `training.caption_rows`. Returns a row a GIF: gif_sha256, written, references (its own captions).
     """
     profile = model.profile
     references = held.groupby("gif_sha256")["answer"].agg(list)
-    groups, prompt = profile.evaluation.groups, model.encode_prompt(profile.alignment.prompt)
-    window, shown = model.window(), features.lengths(references.index.tolist(), [groups] * len(references))
-    needed = window.video(np.asarray(shown)) + len(prompt) + CAPTION_TOKENS
-    references = references[needed <= (window.size or np.inf)]  # what the window holds with a whole caption behind it
     drawn = np.random.default_rng(profile.training.seed).permutation(len(references))[:most]
-    gifs = references.index[np.sort(drawn)].tolist()
-    lengths = features.lengths(gifs, [groups] * len(gifs)) + len(prompt) + CAPTION_TOKENS
+    gifs, groups = references.index[np.sort(drawn)].tolist(), profile.evaluation.groups
+    prompt, window = model.encode_prompt(profile.alignment.prompt), model.window()
+    needed = window.video(features.lengths(gifs, groups)) + len(prompt)
     written = dict.fromkeys(gifs, "")
-    for batch in tqdm(token_batches(lengths, profile.evaluation.batch_tokens), desc="captions", unit="batch"):
+    for batch in tqdm(token_batches(needed + CAPTION_TOKENS, profile.evaluation.batch_tokens), desc="captions"):
         shown = [gifs[i] for i in batch]
-        texts = model.generate([prompt] * len(batch), *features.fetch(shown, groups), new_tokens=CAPTION_TOKENS)
+        # the captions themselves fit behind their GIFs, so that there is room for some tokens at least
+        room = CAPTION_TOKENS if window.size is None else min(CAPTION_TOKENS, window.size - int(needed[batch].max()))
+        texts = model.generate([prompt] * len(batch), *features.fetch(shown, groups), new_tokens=room)
         written |= dict(zip(shown, texts, strict=True))
     return pd.DataFrame(
         {"gif_sha256": gifs, "written": written.values(), "references": [references[gif] for gif in gifs]}

@@ -68,6 +68,28 @@ def test_no_more_gifs_than_asked_for_drawn_by_the_seed(model, monkeypatch):
     assert len(drawn) == 1 and len(*drawn) == 3 and drawn != {tuple(GIFS[:3])}
 
 
+def test_captions_end_where_the_window_does(model, monkeypatch):
+    """The longest GIF has 23 frames in two groups: with the prompt, five tokens less than the window."""
+    prompt = model.encode_prompt(model.profile.alignment.prompt)
+    monkeypatch.setattr(model.language_model.config, "max_position_embeddings", 23 + 2 + len(prompt) + 5)
+    asked, real = [], model.generate
+
+    def watched(prompts, frames, lengths, new_tokens):
+        asked.append((int(max(lengths)), new_tokens))
+        return real(prompts, frames, lengths, new_tokens=new_tokens)
+
+    monkeypatch.setattr(model, "generate", watched)
+    assert write_captions_of(model, HELD, Features())["gif_sha256"].tolist() == GIFS
+    assert (23, 5) in asked
+    for frames, tokens in asked:
+        assert tokens == min(CAPTION_TOKENS, 23 + 2 + 5 - frames - -(-frames // 16))
+
+
+def test_a_single_gif_has_no_other_ones_captions():
+    table = pd.DataFrame({"gif_sha256": ["a"], "written": ["a red star"], "references": [["a red star"]]})
+    assert score_captions(table).index.tolist() == ["model"]
+
+
 def test_the_floor_is_what_the_same_captions_score_on_other_gifs():
     words = ["red", "green", "blue", "black"]
     own = [[f"a {word} star spins around quickly", f"the {word} star is spinning around"] for word in words]
