@@ -14,7 +14,7 @@ from helpers.sweeps import gif_qa as sweep
 from helpers.sweeps.adem_vl import ablation_rows
 from helpers.sweeps.gif_qa import MEASURES, PARTS, WITHOUT, Rung, changed, run_ladder, rungs
 from helpers.sweeps.runs import ablation_table
-from tests.training.test_alignment import CAPTIONS, GIFS, Features
+from tests.training.test_alignment import CAPTIONS, GIFS, toy_features
 
 OPTIONS = ["jump", "duck"]
 
@@ -36,7 +36,7 @@ def profile(make_profile):
 
 @pytest.fixture(scope="module")
 def features(profile):
-    return Features(GifQAModel.build(profile).encoder_key)
+    return toy_features(GifQAModel.build(profile).encoder_key)
 
 
 def test_every_rung_sets_keys_that_there_are_and_changes_one_part_of_the_plain_way():
