@@ -205,6 +205,13 @@ def _predict_task(
     return pd.concat([rows[["question_id", "seen_gif_sha256"]].reset_index(drop=True), answers], axis=1)
 
 
+def shown_prompt(model: GifQAModel, questions: pd.DataFrame, config: EvaluationConfig) -> str:
+    """A question as `predict` asks it, one with options where any is; empty where there are no questions."""
+    rows = questions.sort_values("task", kind="stable").head(1)  # action comes first
+    listed = config.options_in_prompt and rows["task"].isin(MULTIPLE_CHOICE).all()
+    return "".join(map(model.text_of, _prompts(model, rows, config, 0 if listed else None)))
+
+
 def _prompts(model: GifQAModel, rows: pd.DataFrame, config: EvaluationConfig, order: int | None) -> list[list[int]]:
     """The prompts of questions; `order`: which of their two orders options are listed in, None: they are not."""
     if order is None:

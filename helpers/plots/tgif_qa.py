@@ -221,7 +221,7 @@ def reliability(tables: dict[str, pd.DataFrame], errors: dict[str, float]) -> Fi
 def ladder(table: pd.DataFrame, name: str) -> Figure:
     """A panel a task: what each row of a ladder scores, mean over seeds with its 95 % interval (`sweeps.runs`)."""
     require_rows(table, "rungs")
-    measures = [m for m in ("frameqa_accuracy", "action_accuracy", "transition_accuracy", "count_mse") if m in table]
+    measures = [name.removesuffix("_high") for name in table if name.endswith("_high")]
     figure, axes = new_figure(1, len(measures), (2.8 * len(measures) + 1.8, 1.2 + 0.45 * len(table)), sharey=True)
     figure.suptitle(literal(f"Ladder {name!r}: mean of {int(table['seeds'].min())} seeds, 95 % intervals"))
     y = np.arange(len(table))[::-1]

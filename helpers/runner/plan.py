@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from pprint import pformat
+from types import MappingProxyType
 from typing import Any
 
 import nbformat
@@ -142,11 +143,15 @@ def parse_parameter(name: str, text: str, default: Any) -> Any:
 
 
 def sort_parameters(
-    pairs: Sequence[tuple[str, str]], declared: dict[str, dict[str, Any]]
+    pairs: Sequence[tuple[str, str]],
+    declared: dict[str, dict[str, Any]],
+    choices: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Split -p pairs into profile overrides and parameters by stage; `declared` holds each notebook's defaults.
 
-    Raises ConfigError for an unknown name, with the nearest valid one, and for a value of the wrong type.
+    choices: by stage, the values of a parameter that are its own: another one is for the other stages that have the
+    parameter. Raises ConfigError for an unknown name or choice, with the nearest valid one, and for a value of the
+    wrong type.
     """
     overrides: dict[str, Any] = {}
     parameters = {stage: dict(defaults) for stage, defaults in declared.items()}
@@ -158,9 +163,14 @@ def sort_parameters(
         if name in keys or is_removed(name):
             overrides[name] = parse_override(name, text)
         elif name in own:
-            for stage, defaults in declared.items():
-                if name in defaults:
-                    parameters[stage][name] = parse_parameter(name, text, defaults[name])
+            stages = [stage for stage, defaults in declared.items() if name in defaults]
+            known = {stage: choices[stage][name] for stage in stages if name in choices.get(stage, {})}
+            takers = [stage for stage in stages if not text or text in known.get(stage, [text])]
+            if not takers:
+                valid = sorted(value for values in known.values() for value in values)
+                raise ConfigError(f"unknown {name} {text!r}; {nearest(text, valid)}")
+            for stage in takers:
+                parameters[stage][name] = parse_parameter(name, text, declared[stage][name])
         else:
             short = [key for key in keys if key.rpartition(".")[2] == name]
             hint = f"did you mean {' or '.join(map(repr, short))}?" if short else nearest(name, own + keys)
@@ -327,7 +337,7 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
         stage: {name: value for name, value in defaults.items() if name not in COMMON_PARAMETERS}
         for stage, defaults in declared.items()
     }
-    overrides, parameters = sort_parameters(args.parameters, own)
+    overrides, parameters = sort_parameters(args.parameters, own, {spec.name: spec.choices for spec in specs})
     given, texts = _user_inputs(args)
     overrides |= {key: parse_override(key, text) for key, text in texts.items() if key not in overrides}
     for spec in specs:

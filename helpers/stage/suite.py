@@ -44,6 +44,7 @@ class StageSpec(BaseModel):
     options: dict[str, str] = Field(default_factory=dict)  # parameter -> the command line's option that fills it
     data: list[str] = Field(default_factory=list)  # parameters that name data, which Kaggle attaches to the stage
     paths: list[str] = Field(default_factory=list)  # further parameters that name a file or a folder
+    choices: dict[str, list[str]] = Field(default_factory=dict)  # parameter -> the values that mean something to it
     beside: dict[str, str] = Field(default_factory=dict)  # parameter -> what lies beside its folder and decides, too
     disk_of: str = ""  # parameter whose folder bounds the disk that the stage asks for
     copies: str = ""  # parameter with which the stage only copies what is named, whatever its minutes

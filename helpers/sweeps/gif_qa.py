@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from transformers import AutoTokenizer
 
 from helpers.answers.tgif_qa import predict
 from helpers.config import Profile
 from helpers.models.gif_qa.model import GifQAModel
+from helpers.models.gif_qa.window import Window
 from helpers.scoring.tgif_qa import join_variants, metrics
 from helpers.stage.pace import DeadlineReached
 from helpers.store.tables import keep
@@ -22,6 +24,7 @@ from helpers.training.captions import align, choose_captions
 from helpers.training.checkpoints import trainable
 from helpers.training.gif_qa import hold_out, train
 from helpers.workspace.machine import free_memory
+from helpers.workspace.weights import find_model
 
 if TYPE_CHECKING:
     from helpers.store.features import FeatureTable
@@ -53,16 +56,18 @@ class Rung:
     share: float = 1.0
 
 
-def rungs(name: str) -> dict[str, Rung]:
+def rungs(name: str, chat: bool = True) -> dict[str, Rung]:
     """Rows of a ladder by label. "recipe": the plain way, each part alone on top of it, and all of them together.
 
-    "captions": questions of a share of the GIFs, with and without stage one on the captions of all of them; the rest is
-    the profile's. Raises ValueError for another name.
+    chat: whether the language model has a chat template; without one there is no such part. "captions": questions of a
+    share of the GIFs, with and without stage one on the captions of all of them; the rest is the profile's. Raises
+    ValueError for another name.
     """
-    every = {key: value for part in PARTS.values() for key, value in part.items()}
+    parts = {label: part for label, part in PARTS.items() if chat or "language_model.chat" not in part}
+    every = {key: value for part in parts.values() for key, value in part.items()}
     tables = {
         "recipe": {"plain": Rung(WITHOUT)}
-        | {label: Rung(WITHOUT | part) for label, part in PARTS.items()}
+        | {label: Rung(WITHOUT | part) for label, part in parts.items()}
         | {"all": Rung(WITHOUT | every)},
         "captions": {
             f"{share:.0%} of the GIFs asked about{told}": Rung({"alignment.epochs": epochs}, share)
@@ -90,16 +95,29 @@ def run_ladder(
 
     questions: of both splits, with `num_frames`; captions: as `store.read_captions` gives them. The seed decides
     weights, order and, where a rung takes a share of the GIFs, which. A run that is finished is kept in `folder`, so
-    that a killed one goes on; a model is freed before the next is built. Raises ValueError for an unknown ladder before
-    anything is trained; DeadlineReached when the deadline (in seconds from now) has passed.
+    that a killed one goes on; a model is freed before the next is built. What one rung has no room for in the language
+    model's window no rung is asked. Raises, before anything is trained, ValueError
+    for an unknown ladder and where there are no captions to learn from; DeadlineReached when the deadline (in seconds
+    from now) has passed.
     """
     ends, folder, found = time.perf_counter() + deadline, Path(folder), []
-    rows = {label: (changed(profile, rung.values), rung.share) for label, rung in rungs(name).items()}
+    language = find_model(profile.language_model.model, profile.language_model.revision)
+    chat = bool(AutoTokenizer.from_pretrained(language).chat_template)
+    rows = {label: (changed(profile, rung.values), rung.share) for label, rung in rungs(name, chat).items()}
+    if captions[captions["split"] == "train"].empty and any(own.alignment.epochs for own, _ in rows.values()):
+        raise ValueError(
+            f"the ladder {name!r} has a stage one, and there is no caption of a training GIF to learn from"
+        )
+    longest = features.longest_views()
+    too_long = [set(Window.of(own).too_long(questions, longest)["item"]) for own, _ in rows.values()]
+    questions = questions[~questions["question_id"].isin(set().union(*too_long))]
     for label, (own, share) in rows.items():
         for seed in range(seeds):
             place = folder / f"{re.sub('[^a-z0-9]+', '_', label.lower()).strip('_')}-{seed}"
             seeded = changed(own, {"training.seed": seed})
-            values = _run(label, questions, captions, features, seeded, share, place, ends)
+            # stage one learns from all captions, whatever share of the questions follows: it is done once
+            described = folder / f"captions-{seed}" if name == "captions" else place / "alignment"
+            values = _run(label, questions, captions, features, seeded, share, (place, described), ends)
             found.append({"row": label, "seed": seed, **values})
             free_memory()
     return pd.DataFrame(found)
@@ -112,9 +130,10 @@ def _run(
     features: FeatureTable,
     profile: Profile,
     share: float,
-    place: Path,
+    places: tuple[Path, Path],
     ends: float,
 ) -> dict[str, float]:
+    place, described = places
     of_train = questions["split"] == "train"
     _, learnt = hold_out(questions[of_train], share, profile.training.seed)
     test = questions[~of_train]
@@ -123,7 +142,7 @@ def _run(
     size = sum(p.numel() for p in trainable(model).values())
     steps = []
     if len(told.trained):
-        aligned = place / "alignment"
+        aligned = described
         steps.append(lambda left: align(model, told.trained, features, profile, aligned, questions=learnt, **left))
     steps.append(lambda left: train(model, learnt, features, profile, place, aligned=aligned, **left))
     for step in steps:

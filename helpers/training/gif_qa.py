@@ -135,6 +135,15 @@ def dataset_of(model: GifQAModel, questions: pd.DataFrame, profile: Profile) -> 
     return QADataset(model, questions, options_in_prompt=in_prompt, choice=choice, seed=training.seed)
 
 
+def example(model: GifQAModel, questions: pd.DataFrame, profile: Profile) -> str:
+    """The first question as it is read in the first epoch, with the answer that is learnt.
+
+    Raises TrainingError if there are none.
+    """
+    row = dataset_of(model, questions.head(1), profile)[0, profile.training.groups[0], 0]
+    return model.text_of(row.prompt, row.answer)
+
+
 def _require_options(row: Any) -> None:
     """Raise TrainingError, naming the question, unless its answer is one of two or more different options."""
     names = ("question_id", "task", "question")
@@ -146,7 +155,8 @@ def _require_options(row: Any) -> None:
             raise RowError(f"the answer {row.answer!r} is not the option {row.label} of {list(row.options)}")
     except RowError as error:
         raise TrainingError(
-            f"question {row.question_id} cannot be trained on as a choice: {error}. Mend it or leave it out"
+            f"question {row.question_id} cannot be trained on as a choice: {error}. Mend it or leave it out, "
+            "or run 01 again with --force if an earlier version of it took the question in"
         ) from error
 
 
@@ -227,7 +237,7 @@ def run_identity(model: GifQAModel, dataset: QADataset, features: FeatureTable, 
         "training": profile.training.model_dump(mode="json", exclude=set(PACING["training"])),
         "parameters": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
         "questions": dataset.digest(),
-    }
+    } | ({"options": "in an order drawn anew each time"} if any(dataset.listed) else {})
 
 
 @contextmanager

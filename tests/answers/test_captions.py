@@ -1,6 +1,5 @@
 """Captions of held-out GIFs: which GIFs, what the model is shown, and the scores beside those of the wrong GIF."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -8,6 +7,7 @@ import torch
 from helpers.answers.captions import CAPTION_TOKENS, score_captions, write_captions_of
 from helpers.models.gif_qa.model import GifQAModel
 from helpers.scoring import caption_scores
+from tests.toy_features import Features
 
 GIFS = [f"gif{n}" for n in range(6)]
 HELD = pd.DataFrame(
@@ -15,21 +15,9 @@ HELD = pd.DataFrame(
 ).sample(frac=1, random_state=0)
 
 
-class Features:
+def toy_features():
     """Random embeddings; a GIF's number of frames follows from its number."""
-
-    def __init__(self):
-        self.frames = {gif: torch.randn(3 + 4 * n, 32).numpy() for n, gif in enumerate(GIFS)}
-
-    def lengths(self, ids, groups):
-        return np.array([len(self.frames[gif]) for gif in ids])
-
-    def fetch(self, ids, groups):
-        lengths = self.lengths(ids, groups)
-        out = np.zeros((len(ids), lengths.max(), 32), np.float32)
-        for row, gif in enumerate(ids):
-            out[row, : lengths[row]] = self.frames[gif]
-        return out, lengths
+    return Features({gif: torch.randn(3 + 4 * n, 32).numpy() for n, gif in enumerate(GIFS)})
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +27,7 @@ def model(make_profile):
 
 def test_each_gif_is_captioned_as_if_it_were_alone(model):
     """Greedily, by the stock model's own decoding of one sequence built by hand."""
-    features = Features()
+    features = toy_features()
     table = write_captions_of(model, HELD, features)
     assert table["gif_sha256"].tolist() == GIFS
     assert [sorted(texts) for texts in table["references"]] == [
@@ -64,8 +52,30 @@ def test_each_gif_is_captioned_as_if_it_were_alone(model):
 
 def test_no_more_gifs_than_asked_for_drawn_by_the_seed(model, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda prompts, *video, new_tokens: ["a star"] * len(prompts))
-    drawn = {tuple(write_captions_of(model, HELD, Features(), most=3)["gif_sha256"]) for _ in range(2)}
+    drawn = {tuple(write_captions_of(model, HELD, toy_features(), most=3)["gif_sha256"]) for _ in range(2)}
     assert len(drawn) == 1 and len(*drawn) == 3 and drawn != {tuple(GIFS[:3])}
+
+
+def test_captions_end_where_the_window_does(model, monkeypatch):
+    """The longest GIF has 23 frames in two groups: with the prompt, five tokens less than the window."""
+    prompt = model.encode_prompt(model.profile.alignment.prompt)
+    monkeypatch.setattr(model.language_model.config, "max_position_embeddings", 23 + 2 + len(prompt) + 5)
+    asked, real = [], model.generate
+
+    def watched(prompts, frames, lengths, new_tokens):
+        asked.append((int(max(lengths)), new_tokens))
+        return real(prompts, frames, lengths, new_tokens=new_tokens)
+
+    monkeypatch.setattr(model, "generate", watched)
+    assert write_captions_of(model, HELD, toy_features())["gif_sha256"].tolist() == GIFS
+    assert (23, 5) in asked
+    for frames, tokens in asked:
+        assert tokens == min(CAPTION_TOKENS, 23 + 2 + 5 - frames - -(-frames // 16))
+
+
+def test_a_single_gif_has_no_other_ones_captions():
+    table = pd.DataFrame({"gif_sha256": ["a"], "written": ["a red star"], "references": [["a red star"]]})
+    assert score_captions(table).index.tolist() == ["model"]
 
 
 def test_the_floor_is_what_the_same_captions_score_on_other_gifs():

@@ -11,13 +11,14 @@ import torch
 from helpers.answers import predict
 from helpers.config import Profile, load_profile
 from helpers.corpora import shapes
+from helpers.corpora.captions import world_captions
 from helpers.models.gif_qa import GifQA, GifQAModel, load_bundle
 from helpers.models.xclip import FrameEncoder, load_xclip
 from helpers.scoring import tgif_qa as scoring
 from helpers.store.encoding import cache_features
 from helpers.store.features import FeatureTable
 from helpers.store.shards import shard_gifs
-from helpers.training import engine, hold_out, train
+from helpers.training import align, choose_captions, engine, hold_out, train
 from helpers.training.checkpoints import trainable
 
 CPU = torch.device("cpu")
@@ -90,11 +91,20 @@ def t4():
 
 
 def learn(cached, profile, folder, video=True):
-    """Notebook 03's training; returns the result, the trained tensors and the model."""
+    """Notebook 03's training, captions first; returns the result, the trained tensors and the model."""
     questions, _, features = cached
     rows, watched = hold_out(questions[questions["split"] == "train"], profile.training.validation_share, 0)
-    model = GifQAModel.build(profile, CPU, video=video)
-    result = train(model, rows, features, profile, folder, eval_questions=watched, progress=False)
+    model, aligned = GifQAModel.build(profile, CPU, video=video), None
+    if video:
+        aligned, known = folder / "alignment", questions.drop_duplicates("gif").set_index("gif")["gif_sha256"]
+        told = world_captions(profile.shapes.seed, profile.shapes.train, profile.shapes.test)
+        told = told.assign(gif_sha256=told["gif"].map(known), caption_id=told.index.astype(str))
+        tested = set(questions.loc[questions["split"] == "test", "gif_sha256"])
+        chosen = choose_captions(told, tested, set(watched["gif_sha256"]), features, profile)
+        done = align(model, chosen.trained, features, profile, aligned, questions=rows, progress=False)
+        assert done.status == "complete"
+    options = {"eval_questions": watched, "aligned": aligned, "progress": False}
+    result = train(model, rows, features, profile, folder, **options)
     assert result.status == "complete" and result.steps == len(result.history) > 10
     return result.history, {name: p.detach().clone() for name, p in trainable(model).items()}, model
 
@@ -123,6 +133,9 @@ def test_the_switches_are_those_of_kaggle(make_kaggle):
     assert profile.data.frame_format == "webp" and profile.language_model.quantisation == "nf4"
     assert profile.language_model.chat and profile.language_model.lora_dropout > 0
     assert profile.connector.train_mit and profile.training.gradient_checkpointing
+    assert profile.training.loss == "per_question" and profile.connector.output_scale == "fixed"
+    assert profile.training.choice != "none" and profile.evaluation.options_in_prompt
+    assert profile.language_model.option_style == "lettered" and profile.alignment.epochs == 1
 
 
 def test_every_part_learns_in_float16(as_on_a_t4, make_kaggle):

@@ -20,6 +20,7 @@ from helpers.training import (
     train,
 )
 from helpers.workspace import repo_root
+from tests.toy_features import Features
 
 GIFS = [f"gif{n}" for n in range(8)]
 CAPTIONS = pd.DataFrame(
@@ -33,25 +34,10 @@ CAPTIONS = pd.DataFrame(
 OLDER = repo_root() / "tests/reliability/made_at_61bea37/paused/03_adapter_training/checkpoints/step-00000002"
 
 
-class Features:
-    """The feature table's interface over random embeddings; each GIF has 5 to 12 frames."""
-
-    def __init__(self, encoder_key: str):
-        self.encoder_key, rng = encoder_key, np.random.default_rng(0)
-        self.frames = {gif: rng.normal(size=(5 + n, 32)).astype(np.float16) for n, gif in enumerate(GIFS)}
-
-    def longest_views(self):
-        return {gif: len(frames) for gif, frames in self.frames.items()}
-
-    def lengths(self, ids, groups):
-        return np.array([len(self.frames[gif]) for gif in ids])
-
-    def fetch(self, ids, groups):
-        lengths = self.lengths(ids, groups)
-        out = np.zeros((len(ids), lengths.max(), 32), np.float16)
-        for row, gif in enumerate(ids):
-            out[row, : lengths[row]] = self.frames[gif]
-        return out, lengths
+def toy_features(encoder_key):
+    """Random embeddings; each GIF has 5 to 12 frames."""
+    rng = np.random.default_rng(0)
+    return Features({gif: rng.normal(size=(5 + n, 32)).astype(np.float16) for n, gif in enumerate(GIFS)}, encoder_key)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +48,7 @@ def profile(make_profile):
 
 @pytest.fixture(scope="module")
 def features(profile):
-    return Features(GifQAModel.build(profile).encoder_key)
+    return toy_features(GifQAModel.build(profile).encoder_key)
 
 
 QUESTIONS = pd.DataFrame(

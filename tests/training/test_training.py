@@ -365,7 +365,10 @@ def test_options_that_cannot_be_chosen_from_are_named(options, answer, label, re
     questions = choices(3)
     for name, value in {"options": options, "answer": answer, "label": label}.items():
         questions.at[1, name] = value
-    with pytest.raises(TrainingError, match=f"^question c1 cannot be trained on as a choice: {reason}.* leave it out$"):
+    with pytest.raises(
+        TrainingError,
+        match=f"^question c1 cannot be trained on as a choice: {reason}.* leave it out, or run 01 again with --force",
+    ):
         QADataset(ToyModel(), questions, **asking)
 
 
