@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from helpers.assets.make_tiny import Progress, learning_rate, make_optimizer, save, train_tokenizer, update
+from helpers.assets.learning import Progress, learning_rate, make_optimizer, save, train_tokenizer, update
 from helpers.corpora.captions import describe_in_detail
 from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, make_world, pick
 from helpers.models.parts import IGNORED
@@ -65,7 +65,7 @@ def summarise(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def tell(rng: np.random.Generator, scene: Scene) -> str:
-    """What happens, event by event: " it can be seen to rest , jump , rest , jump , blink ."; some leave the rests out."""
+    """What happens, event by event: " it can be seen to rest , jump , rest , jump ."; some leave the rests out."""
     states = [REST if state is None else state for state in scene.states]
     events = [now for before, now in zip([None, *states], states, strict=False) if now != before]
     if rng.random() < 0.5:
@@ -91,7 +91,7 @@ def scene_text(rng: np.random.Generator, scene: Scene, telling: str) -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the world's texts, with a chat template; spells any text; the end token has the highest id."""
+    """Byte-level BPE over the world's texts, with a chat template; spells any text."""
     scenes, questions = make_world(TEXT_SEED, 400, "tokens")
     rng = np.random.default_rng(TEXT_SEED)
     texts = [scene_text(rng, scene, telling) for scene in scenes for telling in TELLINGS]
@@ -164,7 +164,9 @@ def readings(
         for scene in scenes:
             if first:
                 if sum(times for _, times in scene.blocks) <= SHORT or rng.random() < 0.2:
-                    text = scene_text(rng, scene, str(rng.choice(list(FIRST_TELLINGS), p=list(FIRST_TELLINGS.values()))))
+                    text = scene_text(
+                        rng, scene, str(rng.choice(list(FIRST_TELLINGS), p=list(FIRST_TELLINGS.values())))
+                    )
                     asked = [(*question[:3], []) for question in _questions(of_scene[scene.name])]
                     found.append(reader.reading(text, asked, chat=False, way=0))
                 continue

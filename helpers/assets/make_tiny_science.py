@@ -33,16 +33,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from helpers.assets.make_tiny import (
+from helpers.assets.learning import (
     Progress,
     aspect_loss,
-    encode_texts,
     learning_rate,
     make_optimizer,
     save,
     train_tokenizer,
     update,
 )
+from helpers.assets.make_tiny_xclip import encode_texts
 from helpers.corpora.diagrams import (
     CAPTIONS,
     HINTS,
