@@ -18,6 +18,7 @@ from typing import Literal, TypedDict
 
 import cv2
 import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageFile, ImageSequence
 
 from helpers.gifs.formats import Animation, BrokenFrame, GifRejected, Limits, open_animation
@@ -243,9 +244,18 @@ def _square_frames(animation: Animation, indices: Sequence[int]) -> Iterator[np.
     index = -1
     for index, frame in enumerate(islice(animation.draw(), end)):
         if index in wanted:
-            yield np.asarray(frame.crop((left, top, left + side, top + side)))
+            yield _pixels(frame, left, top, side)
     if index + 1 < end:
         raise BrokenFrame(index + 1)
+
+
+def _pixels(image: Image.Image, left: int, top: int, side: int) -> np.ndarray:
+    """A square of an RGB image as uint8 [side, side, 3]: read where Pillow keeps it, not copied out first."""
+    try:
+        kept = np.asarray(pa.array(image).flatten()).reshape(image.height, image.width, 4)
+    except ValueError:  # a picture so large that Pillow keeps it in several pieces
+        return np.asarray(image.crop((left, top, left + side, top + side)))
+    return cv2.cvtColor(kept[top : top + side, left : left + side], cv2.COLOR_RGBA2RGB)
 
 
 @lru_cache(maxsize=512)
