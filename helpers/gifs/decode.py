@@ -250,7 +250,7 @@ def _square_frames(animation: Animation, indices: Sequence[int]) -> Iterator[np.
 
 
 def _pixels(image: Image.Image, left: int, top: int, side: int) -> np.ndarray:
-    """A square of an RGB image as uint8 [side, side, 3]: read where Pillow keeps it, which `np.asarray` copies twice."""
+    """A square of an RGB image as uint8 [side, side, 3]: read where Pillow keeps it, not copied out first."""
     try:
         kept = np.asarray(pa.array(image).flatten()).reshape(image.height, image.width, 4)
     except ValueError:  # a picture so large that Pillow keeps it in several pieces
