@@ -186,7 +186,7 @@ def xclip_config(vocabulary: int, eos: int) -> XCLIPConfig:
         "num_attention_heads": 3,
         "mit_hidden_size": 128,
         "mit_intermediate_size": 384,
-        "mit_num_hidden_layers": 3,
+        "mit_num_hidden_layers": 2,
         "mit_num_attention_heads": 4,
         "image_size": SIZE,
         "patch_size": 8,
@@ -197,10 +197,7 @@ def xclip_config(vocabulary: int, eos: int) -> XCLIPConfig:
         text_config=text,
         vision_config=vision,
         projection_dim=128,
-        prompt_layers=1,
-        prompt_num_attention_heads=4,
-        prompt_attention_dropout=0.0,
-        prompt_projection_dropout=0.0,
+        prompt_layers=0,  # no use is made of a text that depends on the video
     )
 
 
@@ -478,7 +475,7 @@ def gate_encoder(model, tokenizer, scenes: list[Scene], gifs: list[np.ndarray]) 
 
 
 def _gate_sentences(model, tokenizer, scenes, features, masks, owners) -> dict[str, float]:
-    """Share of the world's captions with a GIF of which they are true among the ten nearest, and the other way round."""
+    """Share of captions with a GIF of which they are true among the ten nearest, and the other way round."""
     gifs = []
     for number, scene in enumerate(scenes):
         mine = [row for row, owner in enumerate(owners) if owner == number]

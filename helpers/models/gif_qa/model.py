@@ -519,9 +519,17 @@ class GifQAModel(nn.Module):
         return folder
 
     def video_tensors(self) -> dict[str, Tensor]:
-        """Connector and MIT under the names of connector.safetensors."""
-        states = {"connector": self.connector.state_dict(), "mit": self.mit.state_dict()}
+        """Connector and MIT under the names of connector.safetensors; a frozen MIT as small as it was shipped."""
+        mit = self.mit.state_dict()
+        if not self.profile.connector.train_mit:
+            mit = {name: _half_if_equal(tensor) for name, tensor in mit.items()}
+        states = {"connector": self.connector.state_dict(), "mit": mit}
         return on_cpu({f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()})
+
+
+def _half_if_equal(tensor: Tensor) -> Tensor:
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor
 
 
 def adapter_tensors(language_model: PeftModel) -> dict[str, Tensor]:
