@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from helpers.assets.learning import Progress, learning_rate, make_optimizer, save, train_tokenizer, update
+from helpers.assets.pretraining import Progress, learning_rate, make_optimizer, save, train_tokenizer, update
 from helpers.corpora.captions import describe_in_detail
 from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, make_world, pick
 from helpers.models.parts import IGNORED

@@ -33,7 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from helpers.assets.learning import (
+from helpers.assets.make_tiny_xclip import encode_texts
+from helpers.assets.pretraining import (
     Progress,
     aspect_loss,
     learning_rate,
@@ -42,7 +43,6 @@ from helpers.assets.learning import (
     train_tokenizer,
     update,
 )
-from helpers.assets.make_tiny_xclip import encode_texts
 from helpers.corpora.diagrams import (
     CAPTIONS,
     HINTS,

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, XCLIPConfig, XCLIPModel
 
-from helpers.assets.learning import (
+from helpers.assets.pretraining import (
     Progress,
     aspect_loss,
     learning_rate,

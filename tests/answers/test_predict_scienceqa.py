@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from helpers.answers import regions
 from helpers.answers import scienceqa as answering
-from helpers.assets.learning import train_tokenizer
+from helpers.assets.pretraining import train_tokenizer
 from helpers.config import load_profile
 from helpers.corpora import diagrams, load_problems
 from helpers.corpora.scienceqa import PromptStyle, load, open_image, prompt
