@@ -411,7 +411,7 @@ def train_motion(model, tokenizer, scenes, gifs, minutes: float, seed: int, rate
                 logits = (scale * pictures @ bank.T).view(batch, len(names), times)[rows]
                 each = torch.arange(len(rows))
                 by_count = logits[each, wanted[:, 0]]
-                loss = loss + 2 * F.cross_entropy(by_count, wanted[:, 1])
+                loss = loss + 4 * F.cross_entropy(by_count, wanted[:, 1])
                 progress.note(aspect, by_count.argmax(-1) == wanted[:, 1])
                 occurs = wanted[:, 1] > 0
                 by_action = logits[each, :, wanted[:, 1]]
@@ -497,6 +497,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=("all", "frames", "motion"), default="all", help="motion goes on from OUT")
+    parser.add_argument("--seed", type=int, default=PRETRAIN_SEED, help="of the GIFs; take another to go on")
     parser.add_argument("--gifs", type=int, default=4000, help="GIFs that each part learns from")
     parser.add_argument("--frame-minutes", type=float, default=25, help="CPU minutes of each part")
     parser.add_argument("--motion-minutes", type=float, default=30)
@@ -509,12 +510,12 @@ def main() -> None:
     if args.part == "motion":
         model.load_state_dict(load_file(folder / "model.safetensors"))
     else:
-        scenes, _ = make_world(PRETRAIN_SEED, args.gifs, "pretrain")
-        train_frames(model, tokenizer, scenes, render(scenes), args.frame_minutes, PRETRAIN_SEED, rate=1.5e-3)
+        scenes, _ = make_world(args.seed, args.gifs, "pretrain")
+        train_frames(model, tokenizer, scenes, render(scenes), args.frame_minutes, args.seed, rate=1.5e-3)
         save(model, tokenizer, folder)
     if args.part != "frames":
         # Other GIFs, so that the MIT meets frame embeddings as they are on GIFs that the frame tower has not learned.
-        seed = PRETRAIN_SEED + 1
+        seed = args.seed + 1
         scenes, _ = make_world(seed, args.gifs, "motion")
         train_motion(model, tokenizer, scenes, render(scenes), args.motion_minutes, seed, rate=1e-3)
         save(model, tokenizer, folder)
