@@ -243,10 +243,13 @@ def test_all_three_runs_count_in_the_forecast(profile, features, tmp_path, monke
     whole = stage_two(profile, features, tmp_path / "elsewhere")[1].total_steps
     monkeypatch.setenv("SUITE_PROBE_STEPS", "2")
     _, part = stage_one(profile, features, tmp_path / "03" / "alignment")
-    seconds, told = own_pace(tmp_path / "03")
+    seconds, told, epoch = own_pace(tmp_path / "03")
     [noted] = [p for p in json.loads((tmp_path / "03/alignment/pace.json").read_text()) if p["done"]]
     left = part.total_steps - 2 + 2 * whole
     assert part.steps == 2 and seconds == pytest.approx(START_UP_SECONDS + left * noted["seconds"] / 2)
+    assert epoch == pytest.approx(part.total_steps / profile.alignment.epochs * noted["seconds"] / 2)
+    asked = [p["epochs"] for p in json.loads((tmp_path / "03/alignment/pace.json").read_text()) if not p["done"]]
+    assert asked == [profile.training.epochs] * 2  # of the questions, and of the twin's
     assert f"{part.total_steps - 2} steps of the alignment" in told and f"{whole} steps of the blind twin" in told
 
 
@@ -256,8 +259,12 @@ def test_captions_of_watched_gifs_are_held_out_and_test_captions_never_seen(prof
     assert set(chosen.held["gif_sha256"]) == {"gif1", "gif3"} and len(chosen.held) == 4
     assert sorted(chosen.trained["gif_sha256"].unique()) == [gif for gif in GIFS if gif not in ("gif1", "gif3")]
     assert chosen.told == "12 captions of 6 GIFs to train on, 4 captions of 2 GIFs held out"
-    with pytest.raises(TrainingError, match=r"1 GIFs of captions to train on occur in the test questions.*gif5"):
-        choose_captions(table, {"tested", "gif5"}, set(), features, profile)
+    # of test GIFs that have captions alone no question tells
+    assert choose_captions(table, (), {"gif1", "gif3"}, features, profile).trained.equals(chosen.trained)
+    both = pd.concat([table, CAPTIONS[:1].assign(split="test", gif_sha256="gif5", caption_id="t2")])
+    for told, tested in ((table, {"tested", "gif5"}), (both, {"tested"})):
+        with pytest.raises(TrainingError, match=r"1 GIFs of captions to train on occur in the test .*gif5"):
+            choose_captions(told, tested, set(), features, profile)
 
 
 def test_where_there_is_nothing_to_learn_from_it_is_said(profile, features):
