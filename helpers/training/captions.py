@@ -91,6 +91,7 @@ def align(
     """
     to_come = len(plan_batches(dataset_of(model, questions, profile), features, profile))
     own = {"epochs": profile.alignment.epochs, "learning_rate_connector": profile.alignment.learning_rate_connector}
+    own["choice"] = "none"  # a caption is compared with no other
     aligning = profile.model_copy(update={"training": profile.training.model_copy(update=own)})
     Path(folder).mkdir(parents=True, exist_ok=True)
     note_pace(Path(folder), STEPS, 0, 0.0, to_come, (TWIN,), profile.training.epochs)

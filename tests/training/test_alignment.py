@@ -232,6 +232,57 @@ def test_alignments_are_never_mixed_up(profile, features, aligned, tmp_path, mon
         stage_one(profile, features, other)
 
 
+def set_keys(profile, keys):
+    for key, value in keys.items():
+        section, name = key.split(".")
+        profile = profile.model_copy(update={section: getattr(profile, section).model_copy(update={name: value})})
+    return profile
+
+
+def same_as_learnt(model, other):
+    theirs = dict(other.named_parameters())
+    return all(torch.equal(p, theirs[name]) for name, p in learning(model).items())
+
+
+UNDECIDING = {
+    "training.learning_rate_lora": 0.5,
+    "training.learning_rate_connector": 0.5,  # of the questions
+    "training.epochs": 7.0,
+    "training.choice": "instead",
+    "training.validation_share": 0.4,
+    "language_model.lora_alpha": 64,
+    "evaluation.options_in_prompt": True,
+}
+
+
+def test_what_decides_nothing_of_stage_one_leaves_it_valid(profile, features, aligned, tmp_path, monkeypatch):
+    """A stage one trained anew with other values gives the same numbers, and the finished one is taken for theirs."""
+    other = set_keys(profile, UNDECIDING)
+    anew, _ = stage_one(other, features, tmp_path)
+    assert same_as_learnt(aligned[0], anew)
+    monkeypatch.setattr(AdapterTrainer, "training_step", None)
+    again, result = stage_one(other, features, aligned[2])
+    assert (result.status, result.seconds) == ("complete", aligned[1].seconds) and same_as_learnt(aligned[0], again)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.learning_rate_mit", 1e-3),
+        ("training.loss", "per_question"),
+        ("training.tokens_per_step", 120),
+        ("training.seed", 1),
+        ("language_model.lora_rank", 3),  # the adapter's first weights are drawn before the connector's
+    ],
+)
+def test_what_decides_stage_one_asks_for_it_again(profile, features, aligned, tmp_path, key, value):
+    other = set_keys(profile, {key: value})
+    anew, _ = stage_one(other, features, tmp_path)
+    assert not same_as_learnt(aligned[0], anew)
+    with pytest.raises(CheckpointError, match=rf"is of another run:(.|\n)*{key}: "):
+        stage_one(other, features, aligned[2])
+
+
 def test_a_connector_that_stands_still_is_told_whatever_moves_beside_it(profile, features, tmp_path):
     with pytest.raises(TrainingError, match="no parameter of the part connector has moved"):
         stage_one(changed(profile, learning_rate_connector=1e-60), features, tmp_path)
