@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ def predict(
     deadline: float = math.inf,
     passes: int = 1,
     reordered: bool = False,
+    reordered_passes: int = 0,
 ) -> pd.DataFrame:
     """Answer every question with `model`, looking at `groups` groups of 16 frames of its GIF.
 
@@ -77,6 +78,7 @@ def predict(
             pace, and what is left of all passes, are noted beside these folders after every chunk.
         reordered: where options stand in the prompt, ask with their second order too: the column
             `prediction_reordered`.
+        reordered_passes: how many of the caller's passes are `reordered`: there a question is answered twice.
 
     Raises:
         stage.pace.DeadlineReached: the time was up, or the runner only measures the pace and a chunk of each task was
@@ -96,6 +98,11 @@ def predict(
     asked = questions.assign(seen_gif_sha256=seen)
     reordered = reordered and config.options_in_prompt
     columns = ["question_id", "seen_gif_sha256", *RESULT_COLUMNS, *([REORDERED] if reordered else [])]
+    listed = MULTIPLE_CHOICE if config.options_in_prompt else ()
+    to_give = {
+        task: number * (passes + (reordered_passes if task in listed else 0))
+        for task, number in questions["task"].value_counts().items()
+    }
     parts = []
     for task in TASKS:
         rows = asked[(asked["task"] == task) & asked["seen_gif_sha256"].notna()]
@@ -110,7 +117,7 @@ def predict(
                 answers = _predict_task(model, chunk, features, config, groups, vocabulary, told, ends, reordered)
                 if part is not None:
                     save_predictions(answers, part)
-                    _note_pace(cache.parent, task, len(chunk), time.monotonic() - began, questions["task"], passes)
+                    _note_pace(cache.parent, task, _answers(part, task), time.monotonic() - began, to_give)
                     measured += len(chunk)
             parts.append(answers)
             if measured and math.isfinite(probe_steps()):
@@ -121,26 +128,31 @@ def predict(
     return asked[["question_id"]].merge(answers[columns], on="question_id", how="left", validate="one_to_one")
 
 
-def _note_pace(folder: Path, task: str, done: int, seconds: float, tasks: pd.Series, passes: int) -> None:
-    """Write the newest pace of each task, and how many answers of it are still to be given in all passes."""
+def _note_pace(folder: Path, task: str, done: int, seconds: float, to_give: Mapping[str, int]) -> None:
+    """Write the newest pace of each task, and how many of the answers to give in all passes are still to come."""
     file = folder / PACE_FILE
     noted = {pace["unit"]: pace for pace in read_json(file) or []}
     noted[f"{task} answers"] = {"done": done, "seconds": seconds}
     paces = []
-    for name, count in tasks.value_counts().items():
-        kept = sum(_rows(part) for part in folder.glob(f"*/{name}-*.parquet"))
+    for name, number in to_give.items():
+        kept = sum(_answers(part, name) for part in folder.glob(f"*/{name}-*.parquet"))
         unit = f"{name} answers"
         pace = noted.get(unit, {"done": 0, "seconds": 0.0})
-        paces.append(pace | {"unit": unit, "left": max(0, passes * int(count) - kept)})
+        paces.append(pace | {"unit": unit, "left": max(0, int(number) - kept)})
     write_json(file, paces)
 
 
-def _rows(part: Path) -> int:
-    """How many answers a part holds; a damaged one, which will be dropped where it is needed, holds none."""
+def _answers(part: Path, task: str) -> int:
+    """How many answers a part holds, those by the second order of options too.
+
+    A damaged one, which will be dropped where it is needed, holds none.
+    """
     try:
-        return pq.read_metadata(part).num_rows
+        kept = pq.read_metadata(part)
     except (OSError, ValueError):
         return 0
+    twice = task in MULTIPLE_CHOICE and REORDERED in kept.schema.names
+    return kept.num_rows * (2 if twice else 1)
 
 
 def _finished(part: Path | None, rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame | None:

@@ -73,7 +73,7 @@ def _without_leaks(corpus: Corpus, name: str) -> Corpus:
     leaked = corpus.questions[~corpus.questions.question_id.isin(kept.question_id)]
     if len(leaked) and "train" not in set(kept.split):
         told = list(corpus.rejects.itertuples(index=False, name=None))
-        reason = "Every training GIF also occurs in a test question: no GIF may be in both splits."
+        reason = "Every training GIF also occurs in a test question or caption: no GIF may be in both splits."
         raise CorpusError(reason + listed_rejects(told))
     rejects = [
         (gif, "train split", f"also a test GIF: its {number} training questions are left out")

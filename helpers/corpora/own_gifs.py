@@ -66,13 +66,11 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
         raise CorpusError(f"GIFs: {what}.")
     if not 0 <= holdout <= 1:
         raise CorpusError(f"holdout is a share of the GIFs from 0 to 1; found {holdout}.")
-    header, records = read_sheet(path, COLUMNS, needed=COLUMNS[:-1])
+    header, records = read_table(path)
     names, kept, reasons, readings, only_told = Names(folder, ending=".gif"), {}, {}, {}, set()
     for number, cells in records:
         try:
             row = _cells(cells, header)
-            if row["task"] == CAPTION and CAPTION not in header:
-                raise CorpusError(f"{path}: row {number} is of the task caption, but there is no column caption.")
             if row["task"] == CAPTION:
                 only_told.add(number)
                 continue
@@ -108,6 +106,19 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
         captions=captions,
         told=len(captions) + len(lost),
     )
+
+
+def read_table(path: Path) -> tuple[list[str], list[Row]]:
+    """The header of the CSV and its rows, unread: what can be told of the file without a look at any GIF.
+
+    Raises `CorpusError` as `load` does for a file that is no such table, and for captions without their column.
+    """
+    header, records = read_sheet(path, COLUMNS, needed=COLUMNS[:-1])
+    task = header.index("task")
+    told = [number for number, cells in records if len(cells) > task and visible(cells[task]).lower() == CAPTION]
+    if told and CAPTION not in header:
+        raise CorpusError(f"{path}: row {told[0]} is of the task caption, but there is no column caption.")
+    return header, records
 
 
 def _captions(

@@ -319,6 +319,17 @@ def _require_chat_template(profile: Profile) -> None:
         raise ConfigError(f"language_model.model {config.model}: no tokenizer can be read: {error}") from error
 
 
+def _require_table(file: Path) -> None:
+    """Refuse a CSV of one's own questions of which notebook 01 could read no row."""
+    from helpers.corpora.own_gifs import read_table
+    from helpers.corpora.schema import CorpusError
+
+    try:
+        read_table(file)
+    except CorpusError as error:
+        raise ConfigError(str(error)) from error
+
+
 def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
     """Check everything that can be checked before a kernel starts; raises ConfigError or StageError."""
     suite = load_suite(suite_file())
@@ -354,6 +365,9 @@ def make_plan(args: argparse.Namespace, argv: Sequence[str]) -> RunPlan:
         profile = load_profile(profile_name, overrides)
     if profile.language_model.chat and any("language_model.model" in spec.models for spec in specs):
         _require_chat_template(profile)
+    readers = [spec for spec in specs if "data" in spec.sections and "qa" in spec.options.values()]
+    if readers and "qa" in given and profile.data.corpus == "own_gifs":
+        _require_table(Path(given["qa"]))
     if any(spec.options.get(spec.copies) == "bundle" for spec in specs if args.bundle):
         _require_bundle(Path(args.bundle).expanduser(), profile)
     run = args.run or profile.name

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from helpers.stage.suite import StageError
 from helpers.workspace.disk import read_json, write_json
@@ -38,17 +38,39 @@ def deadline() -> float:
 START_UP_SECONDS = 300.0  # of a stage: a new kernel, imports and models, before its first step
 
 
-def note_pace(folder: Path, unit: str, done: int, seconds: float, left: int, follow: Iterable[str] = ()) -> None:
+class ToCome(NamedTuple):
+    """What a stage still takes (seconds), in words, and seconds of an epoch of what it is at; 0 where that has none."""
+
+    seconds: float
+    told: str
+    epoch: float = 0.0
+
+
+def note_pace(
+    folder: Path,
+    unit: str,
+    done: int,
+    seconds: float,
+    left: int,
+    follow: Iterable[str] = (),
+    epochs: float = 0.0,
+) -> None:
     """Write into `folder` how fast a unit of work was done (`done` in `seconds`), and how many are `left`.
 
     Other units in the file stay. follow: units of as many pieces (`done` and `left` together) that come after it.
+    epochs: how many all these pieces are, of the unit and of each that follows, where they train.
     """
     file = folder / PACE_FILE
     paces = {pace["unit"]: pace for pace in read_json(file) or []}
-    paces[unit] = {"unit": unit, "done": done, "seconds": seconds, "left": left}
+    paces[unit] = {"unit": unit, "done": done, "seconds": seconds, "left": left, "epochs": epochs}
     for name in follow:
-        paces.setdefault(name, {"unit": name, "done": 0, "seconds": 0.0, "left": done + left})
+        paces.setdefault(name, {"unit": name, "done": 0, "seconds": 0.0, "left": done + left, "epochs": epochs})
     write_json(file, list(paces.values()))
+
+
+def epoch_of(whole: float, epochs: float) -> float:
+    """What one epoch takes of `whole`, which is so many; all of it where it is less than one."""
+    return whole / max(epochs, 1.0)
 
 
 def _speed(seconds: float) -> str:
@@ -56,8 +78,8 @@ def _speed(seconds: float) -> str:
     return f"at {1 / seconds:.1f} a second" if seconds <= 10 else f"of {seconds:.0f} s each"
 
 
-def own_pace(folder: Path) -> tuple[float, str] | None:
-    """Forecast the seconds that a stage still takes from the steps that it has done, in words too.
+def own_pace(folder: Path) -> ToCome | None:
+    """Forecast what a stage still takes from the steps that it has done.
 
     It reads the paces that the stage's work wrote, wherever in its folder: of a unit that several files tell of, the
     newest counts. None without any, and where all of it is done: what comes after it is not measured.
@@ -76,4 +98,6 @@ def own_pace(folder: Path) -> tuple[float, str] | None:
         f"{pace['left']:,} {unit} {_speed(known.get(unit, slowest))}" for unit, pace in paces.items() if pace["left"]
     ]
     seconds = sum(pace["left"] * known.get(unit, slowest) for unit, pace in paces.items())
-    return seconds + START_UP_SECONDS, ", ".join(told)
+    now = min((pace for pace in paces.values() if pace["left"]), key=lambda pace: not pace["done"])  # begun before not
+    epochs, whole = now.get("epochs", 0.0), (now["done"] + now["left"]) * known.get(now["unit"], slowest)
+    return ToCome(seconds + START_UP_SECONDS, ", ".join(told), epoch_of(whole, epochs) if epochs else 0.0)

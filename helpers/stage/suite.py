@@ -58,7 +58,7 @@ class StageSpec(BaseModel):
     prompt: str = ""  # metric that is the prompt which the report shows
     gpu: bool = False
     probe: bool = False
-    epochs: list[str] = Field(default_factory=list)  # profile keys that count its passes over what it trains on
+    epochs: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)  # profile key -> trainings, see file
     push_if_named: list[str] = Field(default_factory=list)
     minutes: dict[str, float]
     gigabytes: dict[str, float]

@@ -51,15 +51,16 @@ def choose_captions(
     """Divide the captions of the training GIFs: those of the `watched` GIFs (by gif_sha256) are held out.
 
     A caption that the language model's window cannot hold is left out. Raises TrainingError if one to train on is of a
-    GIF in `tested`.
+    test GIF: one in `tested`, or one with a caption in the test split.
     """
-    rows = caption_rows(captions[captions["split"] == "train"], profile.alignment.prompt)
+    of_test = captions["split"] == "test"
+    rows = caption_rows(captions[~of_test], profile.alignment.prompt)
     if not profile.alignment.epochs:
         return Captions(rows[:0], rows[:0], "Stage one is off (alignment.epochs is 0).")
-    if leaked := set(rows["gif_sha256"]) & set(tested):
+    if leaked := set(rows["gif_sha256"]) & {*tested, *captions.loc[of_test, "gif_sha256"]}:
         raise TrainingError(
-            f"{len(leaked)} GIFs of captions to train on occur in the test questions (the first: {min(leaked)}): "
-            "run 01 again"
+            f"{len(leaked)} GIFs of captions to train on occur in the test questions or captions (the first: "
+            f"{min(leaked)}): run 01 again"
         )
     too_long = rows["question_id"].isin(Window.of(profile).too_long(rows, features.longest_views())["item"])
     held = rows["gif_sha256"].isin(watched)
@@ -90,9 +91,10 @@ def align(
     """
     to_come = len(plan_batches(dataset_of(model, questions, profile), features, profile))
     own = {"epochs": profile.alignment.epochs, "learning_rate_connector": profile.alignment.learning_rate_connector}
+    own["choice"] = "none"  # a caption is compared with no other
     aligning = profile.model_copy(update={"training": profile.training.model_copy(update=own)})
     Path(folder).mkdir(parents=True, exist_ok=True)
-    note_pace(Path(folder), STEPS, 0, 0.0, to_come, (TWIN,))
+    note_pace(Path(folder), STEPS, 0, 0.0, to_come, (TWIN,), profile.training.epochs)
     with held_still(model.language_model):
         return train(
             model,

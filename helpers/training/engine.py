@@ -232,8 +232,8 @@ class AdapterTrainer(Trainer):
         history.to_parquet(temporary / HISTORY)
         info = {"fingerprint": self.job.identity, "seconds": self.recorder.seconds, "total_steps": len(self.plan)}
         commit_checkpoint(temporary, folder, step, info)
-        left = len(self.plan) - step
-        note_pace(self.folder, self.job.unit, step, self.recorder.seconds, left, self.job.follow)
+        left, epochs = len(self.plan) - step, float(self.plan.epoch_after[-1])
+        note_pace(self.folder, self.job.unit, step, self.recorder.seconds, left, self.job.follow, epochs)
         write_history(history, self.folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

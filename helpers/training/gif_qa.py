@@ -36,6 +36,9 @@ STEPS = "steps"
 TWIN = "steps of the blind twin"  # what is trained after the model, on the same batches
 ALIGNMENT = "steps of the alignment"  # what is trained before it, with the adapter held still
 WORKER = "helpers.training.worker"  # started as a process of its own, so that no face imports it
+# What decides nothing of an alignment: a fresh adapter that is held still adds zero to what it adapts, and the captions
+# that are learnt from have a digest.
+IDLE_IN_ALIGNMENT = {"language_model": {"lora_alpha"}, "training": {"learning_rate_lora", "validation_share"}}
 PARTS = {"mit": "learning_rate_mit", "connector": "learning_rate_connector", "language_model": "learning_rate_lora"}
 
 
@@ -225,16 +228,19 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
     ]
 
 
-def run_identity(model: GifQAModel, dataset: QADataset, features: FeatureTable, profile: Profile) -> dict[str, Any]:
+def run_identity(
+    model: GifQAModel, dataset: QADataset, features: FeatureTable, profile: Profile, aligning: bool = False
+) -> dict[str, Any]:
     """All that decides a run's result: settings, data and parameter shapes. What only paces it is left out."""
+    idle = IDLE_IN_ALIGNMENT if aligning else {}
     shapes = {name: list(p.shape) for name, p in trainable(model).items()}
     return {
         "contract": CONTRACT,
         "encoder_key": features.encoder_key,
         "video": bool(model.video),
-        "language_model": profile.language_model.model_dump(mode="json"),
+        "language_model": profile.language_model.model_dump(mode="json", exclude=idle.get("language_model")),
         "connector": profile.connector.model_dump(mode="json"),
-        "training": profile.training.model_dump(mode="json", exclude=set(PACING["training"])),
+        "training": profile.training.model_dump(mode="json", exclude={*PACING["training"], *idle.get("training", ())}),
         "parameters": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
         "questions": dataset.digest(),
     } | ({"options": "in an order drawn anew each time"} if any(dataset.listed) else {})
@@ -319,7 +325,7 @@ def train(
         dataset=dataset,
         plan=plan,
         collator=collator,
-        identity=run_identity(model, dataset, features, profile) | built_on,
+        identity=run_identity(model, dataset, features, profile, aligning) | built_on,
         groups=parameter_groups(model, training),
         tokens=plan.text_tokens + (plan.video_tokens if model.video else 0),
         warmup=training.warmup_ratio,

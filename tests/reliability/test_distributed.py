@@ -122,7 +122,8 @@ def test_a_loss_by_question_is_watched_by_question(tmp_path, world, make_profile
     assert result.history["eval_loss"].iloc[-1] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_stage_one_and_the_questions_on_top_of_it(tmp_path, world, make_profile):
+@pytest.mark.parametrize("keys", [{}, CHOICE | {"training__tokens_per_step": 160}], ids=["likelihood", "choice"])
+def test_stage_one_and_the_questions_on_top_of_it(tmp_path, world, make_profile, keys):
     """Two processes hold the adapter still as one does, and all of them start the questions from what it left."""
     (questions, watched), features = world
     captions, held = (
@@ -131,9 +132,10 @@ def test_stage_one_and_the_questions_on_top_of_it(tmp_path, world, make_profile)
         .pipe(caption_rows, "Describe this GIF.")
         for rows in (questions[::8], watched)
     )
+    keys = {"training__epochs": 1.0, "alignment__epochs": 2.0} | keys
     found = []
     for gpus in (1, 2):
-        profile = settings(make_profile, training__gpus=gpus, training__epochs=1.0, alignment__epochs=2.0)
+        profile = settings(make_profile, **keys, training__gpus=gpus)
         model = GifQAModel.build(profile, torch.device("cpu"))
         adapter = {name: p.detach().clone() for name, p in trainable(model.language_model).items()}
         folder = tmp_path / f"aligned by {gpus}"
@@ -144,11 +146,11 @@ def test_stage_one_and_the_questions_on_top_of_it(tmp_path, world, make_profile)
     same(*found)
     begun = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUITE_PROBE_STEPS", "2")
+        patch.setenv("SUITE_PROBE_STEPS", "4")
         for gpus in (1, 2):
-            profile = settings(make_profile, training__gpus=gpus, training__epochs=1.0, alignment__epochs=2.0)
+            profile = settings(make_profile, **keys, training__gpus=gpus)
             begun.append(run(world, profile, tmp_path / f"by {gpus}", aligned=tmp_path / "aligned by 1")[0])
-        begun.append(run(world, settings(make_profile, training__epochs=1.0), tmp_path / "without")[0])
+        begun.append(run(world, settings(make_profile, **keys), tmp_path / "without")[0])
     one, two, without = (result.history["loss"] for result in begun)
     np.testing.assert_allclose(one, two, rtol=2e-4)
     assert abs(one[0] - without[0]) > 1e-2

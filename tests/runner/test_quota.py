@@ -283,9 +283,12 @@ def test_forecast_is_measured_from_the_stages_own_steps(tmp_path, monkeypatch):
     (run / spec.name / "blind_run").mkdir(parents=True)
     guess = quota.forecast(spec, profile, run)
     assert guess.seconds == 60 * spec.minutes["kaggle"] and "not measured" in guess.source and not guess.measured
-    assert guess.epoch == guess.seconds / 4  # one of captions, three of questions
-    short = quota.forecast(spec, load_profile("kaggle", {"alignment.epochs": 0, "training.epochs": 0.5}), run)
-    assert short.epoch == short.seconds
+    # one of captions, three of questions, and the blind twin's three; no epoch is in the five minutes of starting
+    assert guess.epoch == (60 * spec.minutes["kaggle"] - 300) / 7
+    short = quota.forecast(spec, load_profile("kaggle", {"alignment.epochs": 0, "training.epochs": 0.25}), run)
+    assert short.epoch == short.seconds - 300
+    adem = quota.from_minutes(SUITE.spec("05_adem_scienceqa"), load_profile("kaggle", {"adem.epochs": 20}))
+    assert adem.epoch == (60 * SUITE.spec("05_adem_scienceqa").minutes["kaggle"] - 300) / 40  # 20, and its twin's
     note_pace(run / spec.name, "steps", 20, 40.0, 980, follow=["steps of the twin"])
     told = quota.forecast(spec, profile, run)
     assert told.measured and told.seconds == 2.0 * 980 + 2.0 * 1000 + quota.START_UP_SECONDS
@@ -299,6 +302,40 @@ def test_forecast_is_measured_from_the_stages_own_steps(tmp_path, monkeypatch):
     assert quota.forecast(spec, profile, run) == guess  # what comes after training is not measured
 
 
+def test_an_epoch_is_one_of_what_the_stage_is_at(tmp_path, monkeypatch):
+    """Two epochs of captions in 400 steps, then three of questions in 1,500, and as many of the blind twin."""
+    monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
+    spec, profile, stage = (
+        SUITE.spec("03_adapter_training"),
+        load_profile("kaggle"),
+        tmp_path / "r" / "03_adapter_training",
+    )
+    folders = {name: stage / name for name in ("alignment", "main", "blind_run")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+
+    def epoch():
+        return quota.forecast(spec, profile, tmp_path / "r").epoch
+
+    note_pace(folders["alignment"], "steps", 0, 0.0, 1500, ["steps of the twin"], 3.0)
+    assert epoch() == (60 * spec.minutes["kaggle"] - 300) / 7  # nothing is measured yet
+    note_pace(folders["alignment"], "steps of the alignment", 20, 30.0, 380, epochs=2.0)
+    assert epoch() == 200 * 1.5
+    note_pace(folders["alignment"], "steps of the alignment", 400, 600.0, 0, epochs=2.0)
+    assert epoch() == 500 * 1.5  # of questions, of whose pace no more is known
+    note_pace(folders["main"], "steps", 20, 60.0, 1480, ["steps of the twin"], 3.0)
+    assert epoch() == 500 * 3.0
+    note_pace(folders["main"], "steps", 1500, 4500.0, 0, ["steps of the twin"], 3.0)
+    note_pace(folders["blind_run"], "steps of the twin", 100, 200.0, 1400, epochs=3.0)
+    told = quota.forecast(spec, profile, tmp_path / "r")
+    assert told.epoch == 500 * 2.0 and told.seconds == 1400 * 2.0 + quota.START_UP_SECONDS
+    room = decide(told, NOW, NOW + 960)
+    assert "16 min until the deadline, which is less than one epoch (17 min)" in room.words
+    note_pace(folders["blind_run"], "answers", 10, 10.0, 5)  # what is no training has no epochs
+    note_pace(folders["blind_run"], "steps of the twin", 1500, 3000.0, 0, epochs=3.0)
+    assert epoch() == 0
+
+
 def test_forecast_of_a_pushed_stage_comes_from_its_sessions_there(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_ROOT", str(tmp_path))
     (tmp_path / "r").mkdir()
@@ -309,7 +346,8 @@ def test_forecast_of_a_pushed_stage_comes_from_its_sessions_there(tmp_path, monk
         return quota.forecast(SUITE.spec("03_adapter_training"), load_profile("kaggle"), tmp_path / "r")
 
     found = told(to_come=[7200.0, "3.00 s a step"])
-    assert found.measured and (found.seconds, found.source) == (7200.0, "3.00 s a step")
+    assert found.measured and (found.seconds, found.source, found.epoch) == (7200.0, "3.00 s a step", 0.0)
+    assert told(to_come=[7200.0, "3.00 s a step", 900.0]) == replace(found, epoch=900.0)
     minutes = SUITE.spec("03_adapter_training").minutes["kaggle"]
     assert told().seconds == 60 * minutes - HOUR and not told().measured
     assert told(seconds=600.0 * minutes).seconds == quota.USEFUL_SECONDS  # it took longer than was thought
@@ -412,7 +450,7 @@ def test_quota_command_tells_forecast_and_draws_the_weeks(tmp_path, monkeypatch,
     assert suite.main(["quota", "--profile", "kaggle", "--figure", str(figure)]) == 0
     out = capsys.readouterr().out
     assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 3 weeks" in out
-    assert "03_adapter_training   9.3 h yes suite.yaml's minutes, not measured" in out
+    assert "03_adapter_training   21.7 h yes suite.yaml's minutes, not measured" in out
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

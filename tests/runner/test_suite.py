@@ -349,7 +349,7 @@ def own_gifs(folder: Path, name="My GIFs!") -> list[str]:
     data = folder / name
     data.mkdir()
     (data / "a.gif").write_bytes(b"GIF89a")
-    (data / "qa.csv").write_text("gif,task,question,answer,options\n")
+    (data / "qa.csv").write_text("gif,task,question,answer,options\na.gif,count,How often?,3,\n")
     return ["--gifs", str(data), "--qa", str(data / "qa.csv")]
 
 
@@ -362,6 +362,28 @@ def test_own_gifs_reach_notebook_01_under_a_run_of_their_own(world):
     assert plan.run == "tiny-my-gifs" and plan.profile.data.corpus == "own_gifs"
     data = str(world.folder / "My GIFs!")
     assert plan.parameters["01_data_sharding"] == {"gifs": data, "qa": f"{data}/qa.csv", "holdout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gif,question,answer\na,What?,cat\n", "qa.csv: no column task; the columns found are gif, question, answer."),
+        ("a.gif,count,How often?,3\n", "qa.csv has no header"),
+        ("gif,task,question,answer\n", "qa.csv has a header but no questions."),
+        ("gif,task,question,answer\na,count,'How often?,\"3\n", "qa.csv: not a readable CSV near line 2"),
+        (
+            "gif,task,question,answer\na,count,?,3\na, Caption ,,\n",
+            "row 3 is of the task caption, but there",
+        ),
+    ],
+)
+def test_a_csv_that_is_no_table_of_questions_is_refused_before_anything_starts(world, capsys, text, message):
+    argv = own_gifs(world.folder)
+    (world.folder / "My GIFs!" / "qa.csv").write_text(text)
+    assert world.run(*argv) == REFUSED and world.ran == []
+    assert message in capsys.readouterr().err
+    plan_of(*argv, "--only", "02")  # which reads no CSV
+    plan_of(*argv, "-p", "data.corpus", "tgif_qa")  # nor is it one of TGIF-QA
 
 
 def test_links_are_passed_on_as_they_are_written(world, capsys):

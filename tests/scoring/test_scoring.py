@@ -319,14 +319,44 @@ def test_measuring_the_pace_of_answering_keeps_the_answers(tmp_path, monkeypatch
     with pytest.raises(DeadlineReached, match="the pace of scoring is measured: 12 answers are kept"):
         predict(Slow(), questions, FakeFeatures(), CONFIG, **options)
     monkeypatch.delenv("SUITE_PROBE_STEPS")
-    told, words = own_pace(stage)
+    told, words, _ = own_pace(stage)
     cost, counts = {"count": 1, "action": 2, "transition": 2, "frameqa": 4}, questions["task"].value_counts()
     assert told - START_UP_SECONDS == sum((4 * n - 3) * cost[task] for task, n in counts.items())
     assert f"{4 * counts['count'] - 3} count answers at 1.0 a second" in words
     answers = predict(Slow(), questions, FakeFeatures(), CONFIG, **options)
     pd.testing.assert_frame_equal(answers, predict(FakeModel(), questions, FakeFeatures(), CONFIG, groups=1))
-    told, _ = own_pace(stage)  # one pass of four is done, and its file says so though nothing stopped
+    told = own_pace(stage).seconds  # one pass of four is done, and its file says so though nothing stopped
     assert told - START_UP_SECONDS == sum(3 * n * cost[task] for task, n in counts.items())
+
+
+def test_the_second_order_of_options_counts_in_what_is_left_to_answer(tmp_path, monkeypatch):
+    """Three passes, the second with both orders: 3 x 8 answers of count and FrameQA, 4 x 8 where there are options."""
+    questions, stage, clock = world(8), tmp_path / "04_evaluation", [0.0]
+    config = SimpleNamespace(**(vars(CONFIG) | {"options_in_prompt": True, "seed": 0}))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    class Slow(FakeModel):  # a second an answer, whatever the task
+        def score(self, prompts, texts, *video):
+            clock[0] += len(prompts) * (len(texts[0]) > 1)
+            return super().score(prompts, texts, *video)
+
+        def generate(self, prompts, *rest, **options):
+            clock[0] += len(prompts)
+            return super().generate(prompts, *rest, **options)
+
+    left = {"action": 4 * 8, "transition": 4 * 8, "count": 3 * 8, "frameqa": 3 * 8}
+    assert left.keys() == set(questions["task"]) and (questions["task"].value_counts() == 8).all()
+    for name, orders in {"groups_1": 1, "groups_2": 2, "shuffled": 1}.items():
+        options = {"groups": 1, "cache": stage / "parts" / "key" / name, "passes": 3, "reordered_passes": 1}
+        predict(Slow(), questions, FakeFeatures(), config, **options, reordered=orders == 2)
+        left = {task: left[task] - 8 * (orders if task in ("action", "transition") else 1) for task in left}
+        told = own_pace(stage)
+        assert (told.seconds - START_UP_SECONDS if told else 0) == sum(left.values())
+    assert sum(left.values()) == 0 and clock[0] == 2 * 8 * 4 + 2 * 8 * 3
+    config.options_in_prompt = False  # then there is no second order, whatever the caller says
+    options = {"groups": 1, "cache": stage / "parts" / "other" / "groups_1", "passes": 3, "reordered_passes": 1}
+    predict(Slow(), questions, FakeFeatures(), config, **options, reordered=True)
+    assert own_pace(stage).seconds - START_UP_SECONDS == 2 * 4 * 8
 
 
 def test_a_task_is_kept_in_chunks(tmp_path, monkeypatch):

@@ -116,17 +116,17 @@ def test_captions_follow_their_gifs_and_none_leaks_from_the_test(tmp_path):
 
 
 def test_a_test_gif_that_has_captions_only_is_not_trained_on_either(tmp_path):
-    for name, content in {"a": gif_bytes(0), "copy": with_comment(gif_bytes(0)), "b": gif_bytes(1)}.items():
+    files = {"a": gif_bytes(0), "copy": with_comment(gif_bytes(0)), "b": gif_bytes(1), "told": gif_bytes(0)}
+    for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     rows = [
         question_row(question_id=gif, gif=gif, split="train", task="frameqa", question="what ?", answer="cat")
         for gif in ("a", "b")
     ]
-    captions, places = (
-        caption_table([("copy", "test", "a cat", [])]),
-        {n: str(tmp_path / n) for n in ("a", "b", "copy")},
-    )
+    captions = caption_table([("copy", "test", "a cat", []), ("told", "train", "a cat sits", [])])
+    places = {name: str(tmp_path / name) for name in files}
     corpus = Corpus("own", question_table(rows), places, reject_table([]), captions=captions)
     made = shard_gifs(corpus, tmp_path / "01", load_profile("tiny", {"data.workers": 1}).data)
     assert made.questions.gif.tolist() == ["b"] and made.captions.gif.tolist() == ["copy"]
-    assert made.rejects.reason.tolist() == ["same frames as the test GIF copy: its 1 training questions left out"]
+    reason = "same frames as the test GIF copy: its 1 "
+    assert made.rejects.reason.tolist() == [f"{reason}training questions left out", f"{reason}captions left out"]

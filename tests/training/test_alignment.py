@@ -232,6 +232,57 @@ def test_alignments_are_never_mixed_up(profile, features, aligned, tmp_path, mon
         stage_one(profile, features, other)
 
 
+def set_keys(profile, keys):
+    for key, value in keys.items():
+        section, name = key.split(".")
+        profile = profile.model_copy(update={section: getattr(profile, section).model_copy(update={name: value})})
+    return profile
+
+
+def same_as_learnt(model, other):
+    theirs = dict(other.named_parameters())
+    return all(torch.equal(p, theirs[name]) for name, p in learning(model).items())
+
+
+UNDECIDING = {
+    "training.learning_rate_lora": 0.5,
+    "training.learning_rate_connector": 0.5,  # of the questions
+    "training.epochs": 7.0,
+    "training.choice": "instead",
+    "training.validation_share": 0.4,
+    "language_model.lora_alpha": 64,
+    "evaluation.options_in_prompt": True,
+}
+
+
+def test_what_decides_nothing_of_stage_one_leaves_it_valid(profile, features, aligned, tmp_path, monkeypatch):
+    """A stage one trained anew with other values gives the same numbers, and the finished one is taken for theirs."""
+    other = set_keys(profile, UNDECIDING)
+    anew, _ = stage_one(other, features, tmp_path)
+    assert same_as_learnt(aligned[0], anew)
+    monkeypatch.setattr(AdapterTrainer, "training_step", None)
+    again, result = stage_one(other, features, aligned[2])
+    assert (result.status, result.seconds) == ("complete", aligned[1].seconds) and same_as_learnt(aligned[0], again)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.learning_rate_mit", 1e-3),
+        ("training.loss", "per_question"),
+        ("training.tokens_per_step", 120),
+        ("training.seed", 1),
+        ("language_model.lora_rank", 3),  # the adapter's first weights are drawn before the connector's
+    ],
+)
+def test_what_decides_stage_one_asks_for_it_again(profile, features, aligned, tmp_path, key, value):
+    other = set_keys(profile, {key: value})
+    anew, _ = stage_one(other, features, tmp_path)
+    assert not same_as_learnt(aligned[0], anew)
+    with pytest.raises(CheckpointError, match=rf"is of another run:(.|\n)*{key}: "):
+        stage_one(other, features, aligned[2])
+
+
 def test_a_connector_that_stands_still_is_told_whatever_moves_beside_it(profile, features, tmp_path):
     with pytest.raises(TrainingError, match="no parameter of the part connector has moved"):
         stage_one(changed(profile, learning_rate_connector=1e-60), features, tmp_path)
@@ -243,10 +294,13 @@ def test_all_three_runs_count_in_the_forecast(profile, features, tmp_path, monke
     whole = stage_two(profile, features, tmp_path / "elsewhere")[1].total_steps
     monkeypatch.setenv("SUITE_PROBE_STEPS", "2")
     _, part = stage_one(profile, features, tmp_path / "03" / "alignment")
-    seconds, told = own_pace(tmp_path / "03")
+    seconds, told, epoch = own_pace(tmp_path / "03")
     [noted] = [p for p in json.loads((tmp_path / "03/alignment/pace.json").read_text()) if p["done"]]
     left = part.total_steps - 2 + 2 * whole
     assert part.steps == 2 and seconds == pytest.approx(START_UP_SECONDS + left * noted["seconds"] / 2)
+    assert epoch == pytest.approx(part.total_steps / profile.alignment.epochs * noted["seconds"] / 2)
+    asked = [p["epochs"] for p in json.loads((tmp_path / "03/alignment/pace.json").read_text()) if not p["done"]]
+    assert asked == [profile.training.epochs] * 2  # of the questions, and of the twin's
     assert f"{part.total_steps - 2} steps of the alignment" in told and f"{whole} steps of the blind twin" in told
 
 
@@ -256,8 +310,12 @@ def test_captions_of_watched_gifs_are_held_out_and_test_captions_never_seen(prof
     assert set(chosen.held["gif_sha256"]) == {"gif1", "gif3"} and len(chosen.held) == 4
     assert sorted(chosen.trained["gif_sha256"].unique()) == [gif for gif in GIFS if gif not in ("gif1", "gif3")]
     assert chosen.told == "12 captions of 6 GIFs to train on, 4 captions of 2 GIFs held out"
-    with pytest.raises(TrainingError, match=r"1 GIFs of captions to train on occur in the test questions.*gif5"):
-        choose_captions(table, {"tested", "gif5"}, set(), features, profile)
+    # of test GIFs that have captions alone no question tells
+    assert choose_captions(table, (), {"gif1", "gif3"}, features, profile).trained.equals(chosen.trained)
+    both = pd.concat([table, CAPTIONS[:1].assign(split="test", gif_sha256="gif5", caption_id="t2")])
+    for told, tested in ((table, {"tested", "gif5"}), (both, {"tested"})):
+        with pytest.raises(TrainingError, match=r"1 GIFs of captions to train on occur in the test .*gif5"):
+            choose_captions(told, tested, set(), features, profile)
 
 
 def test_where_there_is_nothing_to_learn_from_it_is_said(profile, features):

@@ -99,8 +99,6 @@ class GifQAModel(nn.Module):
                 "identity": language_model_identity(language_model, tokenizer, folder),
             }
         }
-        if (chat := chat_format(tokenizer, profile.language_model)) is not None:
-            base["language_model"]["chat"] = chat.told()
         xclip = load_xclip(profile.encoder.model, profile.encoder.revision) if video else None
         if xclip is not None:
             base["encoder"] = {
@@ -117,6 +115,8 @@ class GifQAModel(nn.Module):
             model = cls(adapted, tokenizer, profile, base)
             if xclip is not None:
                 model.attach_video(MaskedMIT(xclip), xclip.config.projection_dim)
+        if model.chat is not None:
+            base["language_model"]["chat"] = model.chat.told()
         return model.to(device)
 
     def attach_video(self, mit: MaskedMIT, video_dim: int) -> None:

@@ -12,7 +12,7 @@ from helpers.config import ConfigError, Profile
 from helpers.runner.quota.budgets import Budget, deadline
 from helpers.runner.quota.ledger import HOUR, WEEK, pushed, span, when
 from helpers.stage.manifest import found_manifest, manifest_elsewhere
-from helpers.stage.pace import START_UP_SECONDS, own_pace
+from helpers.stage.pace import START_UP_SECONDS, ToCome, epoch_of, own_pace
 from helpers.stage.suite import StageSpec
 from helpers.workspace.machine import gpus
 from helpers.workspace.place import MARGIN_SECONDS, SESSION_HOURS, runs_root
@@ -30,7 +30,7 @@ class Forecast:
     source: str
     gpu: bool = True
     measured: bool = False  # by this stage's own steps
-    epoch: float = 0.0  # seconds of one pass over what it trains on, where that is known
+    epoch: float = 0.0  # seconds of one pass over what it trains on next, where that is known
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def forecast(
         return Forecast(spec.name, START_UP_SECONDS, f"the given {spec.copies} is only copied", spec.gpu)
     told = there.get("manifest", {"seconds": 0.0})
     if found := own_pace(folder) or told.get("to_come"):
-        return Forecast(spec.name, *found, spec.gpu, measured=True)
+        found = ToCome(*found)  # as a list in a manifest, in which an earlier version told of no epoch
+        return Forecast(spec.name, found.seconds, found.told, spec.gpu, measured=True, epoch=found.epoch)
     if found := _measured(spec, profile, {gpu.name for gpu in gpus()} if cards is None else cards):
         whole = _with_epoch(Forecast(spec.name, *found, spec.gpu), spec, profile)
     else:
@@ -102,9 +103,10 @@ def from_minutes(spec: StageSpec, profile: Profile) -> Forecast:
 
 
 def _with_epoch(whole: Forecast, spec: StageSpec, profile: Profile) -> Forecast:
-    """The forecast of a whole stage with what one of its epochs takes of it."""
-    epochs = sum(attrgetter(key)(profile) for key in spec.epochs)
-    return replace(whole, epoch=whole.seconds / max(epochs, 1.0)) if spec.epochs else whole
+    """The forecast of a whole stage with what one of its epochs takes of it, if all of them take the same."""
+    epochs = sum(trainings * attrgetter(key)(profile) for key, trainings in spec.epochs.items())
+    work = max(whole.seconds - START_UP_SECONDS, 0.0)
+    return replace(whole, epoch=epoch_of(work, epochs)) if spec.epochs else whole
 
 
 def forecast_table(forecasts: Sequence[Forecast]) -> pd.DataFrame:
