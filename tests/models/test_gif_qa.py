@@ -621,6 +621,27 @@ def test_interrupted_save_keeps_the_old_bundle(llama, tmp_path, monkeypatch, tin
     load_bundle(folder, language_model=str(tiny_llama_dir))
 
 
+@torch.no_grad()
+def test_a_frozen_mit_is_kept_in_half_precision_where_it_came_in_it(build, tmp_path, tiny_llama_dir):
+    """Of numbers that half precision holds nothing is lost; others, and what was trained, stay as they are."""
+    model = build("llama", connector__train_mit=False)
+    mit = model.mit.state_dict()
+    for name, tensor in mit.items():
+        tensor.copy_(tensor.half())
+    odd = sorted(mit)[0]
+    mit[odd].view(-1)[0] = 1 + 2**-20  # between two numbers of half precision
+    path = model.save_bundle(tmp_path / "bundle") / "connector.safetensors"
+    kept = load_file(path)
+    assert {name for name, t in kept.items() if t.dtype == torch.float32} == {
+        f"mit.{odd}",
+        *(name for name in kept if name.startswith("connector.")),
+    }
+    loaded = load_bundle(path.parent, language_model=str(tiny_llama_dir))
+    assert all(t.dtype == torch.float32 and torch.equal(t, mit[n]) for n, t in loaded.mit.state_dict().items())
+    trained = build("llama", connector__train_mit=True).save_bundle(tmp_path / "trained") / "connector.safetensors"
+    assert {tensor.dtype for tensor in load_file(trained).values()} == {torch.float32}
+
+
 FAULTS = {
     "missing": lambda tensors, name: tensors.pop(name),
     "not expected": lambda tensors, name: tensors.update({name + ".more": torch.zeros(1)}),
