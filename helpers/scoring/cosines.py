@@ -17,9 +17,9 @@ class Cosines:
     """Cosines of texts (rows) and videos (columns), calculated when asked for: stands where a matrix of them would.
 
     `cosines[rows, columns]` of two slices is a float64 block, of two lists of numbers the cosines of those pairs.
-    They are exact to 1e-8 and do not depend on the block, the order of summation or the threads: components of unit
-    vectors are rounded to multiples of 2^-26, so that every partial sum of products is a float64 without rounding
-    (below 2, a multiple of 2^-52). Equal embeddings thus tie, always.
+    They do not depend on the block, the order of summation or the threads: components of unit vectors are rounded to
+    multiples of 2^-26 (which moves a cosine by about 1e-8), so that every partial sum of products is a float64 without
+    rounding (below 2, a multiple of 2^-52). Equal embeddings thus tie, always.
 
     texts, videos: [N, D] and [M, D] numbers; they are kept as they are, and normalised here. ValueError for rows of
     several lengths, NaN, infinity, a norm of zero, and a mean cosine above 0.999 among the texts or the videos.
