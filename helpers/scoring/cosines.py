@@ -22,11 +22,14 @@ class Cosines:
     rounding (below 2, a multiple of 2^-52). Equal embeddings thus tie, always.
 
     texts, videos: [N, D] and [M, D] numbers; they are kept as they are, and normalised here. ValueError for rows of
-    several lengths, NaN, infinity, a norm of zero, and a mean cosine above 0.999 among the texts or the videos.
+    several lengths, NaN, infinity, a norm of zero, and a mean cosine above 0.999 among the texts or the videos, unless
+    they are allowed to be alike (a constant token, scored to show that it is at chance).
     """
 
-    def __init__(self, texts: Any, videos: Any):
-        self._texts, self._videos = _Embeddings("texts", texts), _Embeddings("videos", videos)
+    def __init__(self, texts: Any, videos: Any, allow_alike: bool = False):
+        self._texts, self._videos = (
+            _Embeddings(name, vectors, allow_alike) for name, vectors in (("texts", texts), ("videos", videos))
+        )
         sizes = [side.vectors.shape[1] for side in (self._texts, self._videos)]
         if sizes[0] != sizes[1]:
             raise ValueError(
@@ -72,7 +75,7 @@ class Cosines:
 class _Embeddings:
     """One side of `Cosines`: vectors as given, and their norms."""
 
-    def __init__(self, name: str, vectors: Any):
+    def __init__(self, name: str, vectors: Any, allow_alike: bool):
         if not hasattr(vectors, "shape") and len(sizes := sorted({np.shape(vector) for vector in vectors})) > 1:
             raise ValueError(
                 f"{name} have embeddings of several shapes: {sizes}. They must be of one model and pooled."
@@ -82,7 +85,7 @@ class _Embeddings:
             raise ValueError(f"{name} must be [number, size] numbers, found {vectors.dtype} of shape {vectors.shape}.")
         count, size = vectors.shape
         self.norms, total = np.empty(count), np.zeros(size)
-        with np.errstate(invalid="ignore", divide="ignore"):  # what is wrong is told below
+        with np.errstate(all="ignore"):  # what is wrong is told below
             for part in stripes(count, SIDE):
                 block = vectors[part].astype(np.float64)
                 self.norms[part] = np.sqrt(np.einsum("nd,nd->n", block, block))
@@ -95,10 +98,10 @@ class _Embeddings:
             if bad.any():
                 raise ValueError(f"{bad.sum():,} of {count:,} {name} {told}; the first is row {bad.argmax()}.")
         mean = (total @ total - count) / (count * (count - 1)) if count > 1 else 0.0
-        if mean > SAME:
+        if mean > SAME and not allow_alike:
             raise ValueError(
                 f"The {name} have a mean cosine of {mean:.6f} with each other: are the weights loaded? "
-                "Load the model strictly, or look at what it was given."
+                "Load the model strictly, look at what it was given, or say `allow_alike` to score them all the same."
             )
 
     def exact(self, index: Any) -> np.ndarray:

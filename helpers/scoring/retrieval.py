@@ -16,7 +16,6 @@ WAYS = ("text_to_video", "video_to_text")
 CUTS = (1, 2, 5, 10)
 DEPTH = 10  # of nDCG
 
-
 Similarity = np.ndarray | Cosines
 
 
@@ -291,17 +290,20 @@ def retrieval_table(ranks: dict[str, pd.DataFrame], videos: Sequence, resamples:
     videos: the video that each text was written about. The items that are searched stay the same in every resample.
 
     Returns:
-        columns way, metric, value, low, high, n (queries), videos (that these belong to).
+        columns way, metric, value, low, high, ties_lost (the value had it lost every tie; not known of MAP and nDCG),
+        n (queries), videos (that these belong to).
     """
     if len(videos) != len(ranks[WAYS[0]]):
         raise ValueError(f"{len(videos):,} videos for {len(ranks[WAYS[0]]):,} texts: give the video of each text.")
     rows = []
     for way, owners in zip(WAYS, (np.asarray(videos), np.arange(len(ranks[WAYS[1]]))), strict=True):
         values = _values(ranks[way])
+        lost = _values(ranks[way].assign(rank=ranks[way]["worst"], average_precision=np.nan, ndcg=np.nan))
         owners = owners[values.index]
         for name, column in values.items():
+            statistic = _statistic(name)
             if len(column):
-                interval = bootstrap_interval(column, owners, resamples, seed, statistic=_statistic(name))
-                value = getattr(column, _statistic(name))()
-                rows.append((way, name, value, *interval, len(column), len(set(owners.tolist()))))
-    return pd.DataFrame(rows, columns=["way", "metric", "value", "low", "high", "n", "videos"])
+                low, high = bootstrap_interval(column, owners, resamples, seed, statistic=statistic)
+                told = (getattr(lost[name], statistic)(), len(column), len(set(owners.tolist())))
+                rows.append((way, name, getattr(column, statistic)(), low, high, *told))
+    return pd.DataFrame(rows, columns=["way", "metric", "value", "low", "high", "ties_lost", "n", "videos"])

@@ -12,8 +12,6 @@ import numpy as np
 from helpers.scoring.retrieval import checked, relevant_pairs, top_items
 from helpers.workspace.disk import whole, write_text
 
-ALL_QUERIES = "uses all test queries at once"  # heading of a table of scores that were corrected at test time
-
 
 def hubness(similarity: Any, k: int = 10) -> dict[str, float]:
     """How unevenly texts find videos: how often each video is among a text's first `k` (its k-occurrence).
@@ -46,9 +44,9 @@ def hubness(similarity: Any, k: int = 10) -> dict[str, float]:
 def dual_softmax(similarity: np.ndarray, temperature: float = 0.01) -> np.ndarray:
     """Logarithm of the softmax over videos times that over texts (after Cheng et al. 2021, arXiv 2109.04290).
 
-    Needs all test queries at once. The product itself would become 0 for most pairs, and these would tie.
+    Uses all test queries at once. The product itself would become 0 for most pairs, and these would tie.
     """
-    scaled = checked(similarity) / np.float64(temperature)
+    scaled = _matrix(similarity) / temperature
     return 2 * scaled - _logsumexp(scaled, axis=0) - _logsumexp(scaled, axis=1)
 
 
@@ -59,15 +57,23 @@ def query_bank(similarity: np.ndarray, bank: np.ndarray, temperature: float = 0.
     the bank, videos]; with training captions no test query is used. It orders videos only: texts of a video stay as
     they were, and for them both matrices are given transposed.
     """
-    similarity, bank = checked(similarity), checked(bank)
+    similarity, bank = _matrix(similarity), _matrix(bank)
     if similarity.shape[1] != bank.shape[1]:
         raise ValueError(f"the bank scores {bank.shape[1]:,} videos, similarity has {similarity.shape[1]:,}.")
-    return similarity / np.float64(temperature) - _logsumexp(bank / np.float64(temperature), axis=0)
+    return similarity / temperature - _logsumexp(bank / temperature, axis=0)
 
 
 def centre_columns(similarity: np.ndarray) -> np.ndarray:
-    """Each video's scores less their mean over all texts. It orders videos only, as `query_bank` does."""
-    return checked(similarity) - similarity.mean(axis=0, dtype=np.float64)
+    """Each video's scores less their mean over all texts.
+
+    Uses all test queries at once. It orders videos only, as `query_bank` does.
+    """
+    similarity = _matrix(similarity)
+    return similarity - similarity.mean(axis=0)
+
+
+def _matrix(similarity: Any) -> np.ndarray:
+    return checked(similarity)[:, :].astype(np.float64)
 
 
 def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:
@@ -121,7 +127,7 @@ def write_run(
     _ids([name], "name of the run", 1)
     with whole(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
         for top in top_items(similarity, depth):
-            top["place"] = top.groupby("query").cumcount() + 1
+            top = top.assign(place=top.groupby("query").cumcount() + 1)
             for row in top[top["place"] <= depth].itertuples():
                 file.write(f"{texts[row.query]} Q0 {videos[row.item]} {row.place} {float(row.score)!r} {name}\n")
 

@@ -233,6 +233,15 @@ def test_equal_embeddings_tie_wherever_they_stand(monkeypatch):
     assert (own["worst"] - own["rank"] == 1).all()  # the two copies of the own video tie with it
 
 
+def test_a_constant_token_is_at_chance():
+    """What the first token of every text gives: each video is at some rank, the same for all; both ways by formula."""
+    videos = np.random.default_rng(3).normal(size=(200, 32))
+    found = retrieval_metrics(Cosines(np.ones((200, 32), np.float32), videos, allow_alike=True))
+    assert found["text_to_video"]["MRR"] == pytest.approx(sum(1 / rank for rank in range(1, 201)) / 200)
+    assert found["text_to_video"]["MdR"] == found["video_to_text"]["MdR"] == 100.5
+    assert found["video_to_text"]["MRR"] == pytest.approx(1 / 100.5)
+
+
 def test_memory_does_not_grow_with_the_matrix():
     """6,000 x 6,000 are 144 MB of float32; a tile of 1,024 x 1,024 is 4, and a few of its kind are held."""
     rng = np.random.default_rng(9)
@@ -313,7 +322,7 @@ def test_what_cannot_be_ranked_is_said(similarity, relevance, told):
 
 def test_intervals_draw_videos_with_all_their_captions():
     """Against drawing one video at a time and pooling its captions, mean and median."""
-    similarity, owner = drawn(40, 9, 10), np.random.default_rng(11).integers(0, 8, 40)
+    similarity, owner = drawn(40, 9, 10, "tied"), np.random.default_rng(11).integers(0, 8, 40)
     ranks = retrieval_ranks(similarity, owner)
     names = np.array([f"v{number}" for number in owner])
     table = retrieval_table(ranks, names, 300, 12).set_index(["way", "metric"])
@@ -333,6 +342,7 @@ def test_intervals_draw_videos_with_all_their_captions():
         low, high = np.quantile([statistic(one) for one in pooled], [0.025, 0.975])
         assert (row["low"], row["high"]) == pytest.approx((low, high))
         assert (row["n"], row["videos"]) == (40, len(known))
+        assert row["ties_lost"] == pytest.approx(statistic(ranks["text_to_video"]["worst"]))
     assert table.loc["video_to_text", "MRR"][["n", "videos"]].tolist() == [len(known), len(known)]
     with pytest.raises(ValueError, match="9 videos for 40 texts"):
         retrieval_table(ranks, np.arange(9), 10, 0)
