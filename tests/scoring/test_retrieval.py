@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from helpers.scoring import Cosines, retrieval_metrics, retrieval_ranks, retrieval_table
+from helpers.scoring import Cosines, bootstrap_interval, retrieval_metrics, retrieval_ranks, retrieval_table
 from helpers.scoring.retrieval_tables import (
     centre_columns,
     dual_softmax,
@@ -214,6 +214,8 @@ def test_what_float32_cannot_tell_apart_is_told_apart(others):
         relevance = np.zeros(cosines.shape)
         relevance[range(40), range(40)] = 1
         assert retrieval_ranks(cosines, relevance)[way]["rank"][:40].tolist() == (40 - steps).tolist()
+    hubs = hubness(Cosines(texts, videos, allow_alike=True))  # every text finds the ten that are furthest aside
+    assert (hubs["never"], hubs["worst_found"], steps[hubs["worst"]] >= 30) == (30 + others, 40, True)
 
 
 def test_equal_embeddings_tie_wherever_they_stand(monkeypatch):
@@ -346,6 +348,16 @@ def test_intervals_draw_videos_with_all_their_captions():
     assert table.loc["video_to_text", "MRR"][["n", "videos"]].tolist() == [len(known), len(known)]
     with pytest.raises(ValueError, match="9 videos for 40 texts"):
         retrieval_table(ranks, np.arange(9), 10, 0)
+
+
+def test_the_median_of_a_resample_is_that_of_its_pooled_values():
+    """One resample at a time, so that both ends are its median: of values counted many times or not at all."""
+    values, clusters = np.random.default_rng(20).random(11), np.arange(11) // 2
+    for seed in range(20):
+        drawn_clusters = np.random.default_rng(seed).integers(0, 6, 6)
+        pooled = np.concatenate([values[clusters == k] for k in drawn_clusters])
+        found = bootstrap_interval(values, clusters, 1, seed, statistic="median")
+        assert found == pytest.approx((np.median(pooled), np.median(pooled)), abs=1e-12)
 
 
 # ---------------------------------------------------------------- hubs and scores that were corrected
