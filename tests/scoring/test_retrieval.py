@@ -218,6 +218,22 @@ def test_what_float32_cannot_tell_apart_is_told_apart(others):
     assert (hubs["never"], hubs["worst_found"], steps[hubs["worst"]] >= 30) == (30 + others, 40, True)
 
 
+def test_a_block_may_be_off_by_its_margin(monkeypatch):
+    """Noise as large as a margin of 0.2 on every block changes no rank, no nDCG and no hub."""
+    texts, videos, owner = embeddings(60, 40, 24, 19)
+    grades = np.random.default_rng(1).integers(0, 4, (60, 40)) / 3
+    calm, noisy = Cosines(texts, videos), Cosines(texts, videos)
+    expected = retrieval_metrics(calm, owner), retrieval_metrics(calm, grades), hubness(calm, 3)
+    noisy.margin, noise = 0.2, np.random.default_rng(2)
+
+    def rough(self, rows, columns):
+        block = self[rows, columns]
+        return (block + noise.uniform(-0.199, 0.199, block.shape)).astype(np.float32)
+
+    monkeypatch.setattr(Cosines, "rough", rough)
+    assert (retrieval_metrics(noisy, owner), retrieval_metrics(noisy, grades), hubness(noisy, 3)) == expected
+
+
 def test_equal_embeddings_tie_wherever_they_stand(monkeypatch):
     """Every text twice and every video thrice, one of them longer: each rank is the middle of its ties, in any tile."""
     rng = np.random.default_rng(8)
