@@ -11,7 +11,9 @@ from helpers.scoring.baselines import (
     text_baselines,
 )
 from helpers.scoring.captions import caption_scores
+from helpers.scoring.cosines import Cosines
 from helpers.scoring.intervals import DRAWN_AT_ONCE, bootstrap_interval, mean_interval, wilson_interval
+from helpers.scoring.retrieval import retrieval_metrics, retrieval_ranks, retrieval_table
 from helpers.scoring.text import normalise_vqa
 from helpers.scoring.tgif_qa import (
     BASE_COLUMNS,
@@ -41,6 +43,7 @@ __all__ = [
     "COUNTS",
     "DRAWN_AT_ONCE",
     "HEADLINE",
+    "Cosines",
     "answer_key",
     "bootstrap_interval",
     "breakdown",
@@ -65,6 +68,9 @@ __all__ = [
     "predict_majority",
     "question_key",
     "random_expectation",
+    "retrieval_metrics",
+    "retrieval_ranks",
+    "retrieval_table",
     "round_count",
     "shuffle_gifs",
     "shuffled_bounds",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,14 @@ DRAWN_AT_ONCE = 4_000_000  # numbers of a bootstrap held in memory at once (32 M
 
 
 def bootstrap_interval(
-    values: pd.Series | np.ndarray, clusters: pd.Series | np.ndarray, resamples: int, seed: int, level: float = 0.95
+    values: pd.Series | np.ndarray,
+    clusters: pd.Series | np.ndarray,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+    statistic: Literal["mean", "median"] = "mean",
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values`, resampling whole clusters (GIFs) with replacement.
+    """Percentile interval of the mean or median of `values`, resampling whole clusters (GIFs) with replacement.
 
     Questions about one GIF are not independent, so the GIF is what is drawn (Efron and Tibshirani 1993, ch. 13;
     cluster bootstrap). The same seed gives the same interval. A sample in which every value is equal has an interval
@@ -26,12 +32,24 @@ def bootstrap_interval(
     sums, sizes = np.bincount(index, weights=values), np.bincount(index)
     rng = np.random.default_rng(seed)
     rows = max(1, DRAWN_AT_ONCE // len(sums))
-    means = []
+    order = np.argsort(values, kind="stable")
+    found = []
     for start in range(0, resamples, rows):
         drawn = rng.integers(0, len(sums), size=(min(rows, resamples - start), len(sums)))
-        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+        if statistic == "median":
+            times = (np.bincount(one, minlength=len(sums)) for one in drawn)
+            found.append([_median(values[order], count[index[order]]) for count in times])
+        else:
+            found.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _median(rising: np.ndarray, times: np.ndarray) -> float:
+    """Median of sorted values, each of which counts several times or not at all."""
+    upto = np.cumsum(times)
+    middle = np.searchsorted(upto, [(upto[-1] - 1) // 2, upto[-1] // 2], side="right")
+    return float(rising[middle].mean())
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
