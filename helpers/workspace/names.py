@@ -162,6 +162,14 @@ class Names:
             paths = []
         return [path for path in paths if path.lower().endswith(self._endings or "")]
 
+    @cached_property
+    def _by_base(self) -> dict[str, list[str]]:
+        """Every path by the stem of its last part."""
+        found: dict[str, list[str]] = {}
+        for path in self._all:
+            found.setdefault(self._stem(path.rpartition("/")[2]), []).append(path)
+        return found
+
     def _missing(self, written: str) -> str:
         if is_leftover(written):
             return "no GIF, but a file that an operating system left behind"
@@ -171,8 +179,7 @@ class Names:
 
     def _near(self, written: str) -> list[str]:
         """Names like the one that is missing: the same one in another folder, else the three most similar."""
-        base = self._stem(written.rpartition("/")[2])
-        same = [path for path in self._all if self._stem(path.rpartition("/")[2]) == base]
+        same = self._by_base.get(self._stem(written.rpartition("/")[2]), [])
         if same or self._left < len(self._all):
             return same[:3]
         self._left -= len(self._all)
