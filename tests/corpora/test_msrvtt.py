@@ -239,13 +239,14 @@ def test_captions_without_video_and_videos_without_caption_are_listed(small):
     told = {"video1": ["a man"], "video2": [], "video9": [" ", "a dog", "a\0cat"], "video77": ["who ?", "what ?"]}
     split_of = {"video1": "train", "video2": "train", "video8": "test", "video9": "test"}
     annotate(small / "MSRVTT_data.json", split_of, told=told)
+    members(small / "MSRVTT_train.9k.csv", ["video1", "video2", "video77"])
     corpus = msrvtt.load(small, "full all-captions", train="9k", complete=False)
     assert corpus.captions.caption.tolist() == ["a dog", "a man"] and corpus.told == 4
     assert corpus.rejects.to_numpy().tolist() == [
         ["video77", "MSRVTT_data.json", "2 captions of a video that is not among the videos: left out"],
         ["video8", "split test", "a video without caption: left out"],
         ["video2", "split train", "a video without caption: left out"],
-        ["video3", "split train", "a video without caption: left out"],
+        ["video77", "split train", "a video without caption: left out"],
         ["video9", "split test", "the caption is empty"],
         ["video9", "split test", "the caption is not whole: it holds NUL characters or bytes that are no text"],
     ]
