@@ -4,7 +4,8 @@ The CSV has the columns `gif,task,question,answer,options`, and may have `split`
 separated by a vertical bar, or by commas where that is unambiguous; the answer of a multiple-choice question is an
 option's text, its letter or its 0-based index, and where a number may be two of these, the other rows tell or it is
 refused; a count is a whole number from 1 to 10, as the model counts. A caption tells of the GIF of its row, which need
-not have a question: its task is `caption` then, or empty.
+not have a question: its task is `caption` then, or empty. For retrieval a CSV of captions alone will do, about videos
+as well as GIFs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from helpers.corpora.schema import (
+    ENDINGS,
     SPLITS,
     Corpus,
     CorpusError,
@@ -32,17 +34,19 @@ from helpers.corpora.schema import (
     question_row,
     question_table,
     reject_table,
+    require_folder,
     require_questions,
 )
-from helpers.corpora.sheets import DAMAGED, Row, read_sheet, whole_number
+from helpers.corpora.sheets import Row, by_column, read_sheet, whole_number
 from helpers.corpora.tasks import MAX_COUNT, MULTIPLE_CHOICE, TASKS, TYPES, bare, question_key
 from helpers.workspace.disk import whole
-from helpers.workspace.names import Names, NoSuchName, folded, shown, visible
+from helpers.workspace.names import Names, NoSuchName, files_below, folded, shown, visible
 
 COLUMNS = ["gif", "task", "question", "answer", "options"]
 """The columns of the CSV, in any order; `options` may be missing where no task needs them."""
 CAPTION = "caption"
 """The column of captions, and the task of a row that has nothing else."""
+FILES = ("video", "gif")  # the columns that may name the file a caption tells of
 
 
 def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: int = 0) -> Corpus:
@@ -57,17 +61,9 @@ def load(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: i
     there are too few GIFs to hold one out.
     """
     folder, path = Path(folder), Path(csv_path)
-    if not folder.is_dir():
-        what = (
-            f"{folder} is a file: unpack it, and name the folder"
-            if folder.is_file()
-            else f"there is no folder {folder}"
-        )
-        raise CorpusError(f"GIFs: {what}.")
-    if not 0 <= holdout <= 1:
-        raise CorpusError(f"holdout is a share of the GIFs from 0 to 1; found {holdout}.")
+    _check(folder, holdout)
     header, records = read_table(path)
-    names, kept, reasons, readings, only_told = Names(folder, ending=".gif"), {}, {}, {}, set()
+    names, kept, reasons, readings, only_told = Names(folder, ".gif"), {}, {}, {}, set()
     for number, cells in records:
         try:
             row = _cells(cells, header)
@@ -121,6 +117,59 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
     return header, records
 
 
+def load_captions(folder: str | Path, csv_path: str | Path, holdout: float = 0.2, seed: int = 0) -> Corpus:
+    """The captions of `csv_path` about the videos or GIFs in `folder`, without any question: enough for retrieval.
+
+    The CSV has a column `video` or `gif`, the path of a file inside that folder, whose ending may be left out, and a
+    column `caption`; it may have `split`. Further columns are not read. Any number of captions may tell of a video.
+    holdout, seed: as for `load`; where the column `split` is empty a video is drawn for one of the splits.
+    Listed in the rejects: captions without video, broken rows, what is told of a video twice, training captions of a
+    test video, and the videos without caption. Raises `CorpusError` if the folder or CSV is missing, a column is
+    missing, no caption is left, or there are too few videos to hold one out.
+    """
+    folder, path = Path(folder), Path(csv_path)
+    _check(folder, holdout)
+    header, records = read_sheet(path, ["video", CAPTION, "split"], needed=[CAPTION], each="caption")
+    if len(named := [column for column in FILES if column in header]) != 1:
+        found = "both video and gif" if named else f"neither of them, but {', '.join(filter(None, header))}"
+        raise CorpusError(f"{path}: one column, video or gif, names the file that a caption tells of; found {found}.")
+    column = header.index(named[0])
+    names, told, reasons = Names(folder, *ENDINGS), {}, {}
+    first: dict[tuple[str, str], int] = {}
+    for number, cells in records:
+        try:
+            row = _row(cells, header)
+            gif, split, caption = _caption(row, row[named[0]], names, holdout)
+            if first.setdefault((gif, caption), number) != number:
+                raise RowError(f"repeats row {first[gif, caption]}")
+            told[number] = gif, split, caption
+        except RowError as error:
+            reasons[number] = str(error)
+    tests = {gif: number for number, (gif, split, _) in told.items() if split == "test"}
+    for number, (gif, split, _) in list(told.items()):
+        if split == "train" and gif in tests:
+            reasons[number] = f"of the split train, but row {tests[gif]} has its video in test: left out of training"
+            del told[number]
+    items = {number: visible("".join(cells[column : column + 1])) for number, cells in records}
+    rejects = [(items[number], f"{path.name} row {number}", reasons[number]) for number in sorted(reasons)]
+    if not told:
+        raise CorpusError(f"No usable caption is left of {path}.{listed_rejects(rejects)}")
+    captions = _in_splits([*told.values()], question_table([]), holdout, seed)
+    if not any(split for _, split, _ in told.values()):
+        captions["split"] = _hold_out(captions.gif, holdout, seed, rejects)
+    gifs = {gif: str(folder / gif) for gif in captions.gif}
+    files = [file.relative_to(folder).as_posix() for file in files_below(folder) if file.suffix.lower() in ENDINGS]
+    untold = f"no caption in {path.name}: it is not looked for"
+    rejects += [(name, folder.name, untold) for name in files if name not in gifs]
+    return Corpus("own_gifs", question_table([]), gifs, reject_table(rejects), captions=captions, told=len(records))
+
+
+def _check(folder: Path, holdout: float) -> None:
+    require_folder(folder, "GIFs")
+    if not 0 <= holdout <= 1:
+        raise CorpusError(f"holdout is a share of the GIFs from 0 to 1; found {holdout}.")
+
+
 def _captions(
     records: Sequence[Row], header: list[str], names: Names, holdout: float
 ) -> tuple[list[tuple[str, str, str]], dict[int, str]]:
@@ -137,11 +186,16 @@ def _captions(
         if not row[CAPTION] and row["task"] != CAPTION:
             continue
         try:
-            split = _split(row.get("split"), holdout) if row.get("split") or holdout == 1 else ""
-            told.append((_gif(row, names), split, caption_text(row[CAPTION])))
+            told.append(_caption(row, row["gif"], names, holdout))
         except RowError as error:
             reasons[number] = str(error)
     return told, reasons
+
+
+def _caption(row: dict[str, str], gif: str, names: Names, holdout: float) -> tuple[str, str, str]:
+    """GIF, split ("" where the row tells none) and text of a row's caption."""
+    split = _split(row.get("split"), holdout) if row.get("split") or holdout == 1 else ""
+    return _gif(gif, names), split, caption_text(row[CAPTION])
 
 
 def _in_splits(told: list[tuple[str, str, str]], questions: pd.DataFrame, holdout: float, seed: int) -> pd.DataFrame:
@@ -156,15 +210,14 @@ def _in_splits(told: list[tuple[str, str, str]], questions: pd.DataFrame, holdou
     return caption_table((gif, split or splits[gif], caption, []) for gif, split, caption in told)
 
 
-def _cells(cells: list[str], header: list[str]) -> dict[str, str]:
-    if len(cells) > len(header):
-        raise RowError(f"{len(cells)} columns, but the header has {len(header)}: quote a text that holds the separator")
-    if any("\0" in cell for cell in cells):
-        raise RowError(DAMAGED)
-    # commas at the end of a row are easily left out by hand
-    cells = cells + [""] * (len(header) - len(cells))
+def _row(cells: list[str], header: list[str]) -> dict[str, str]:
     # a file's name may hold any character: Names knows what to make of it
-    row = {column: cell if column == "gif" else visible(cell) for column, cell in zip(header, cells, strict=True)}
+    row = by_column(cells, header)
+    return {column: cell if column in FILES else visible(cell) for column, cell in row.items()}
+
+
+def _cells(cells: list[str], header: list[str]) -> dict[str, str]:
+    row = _row(cells, header)
     task, asks = row["task"].lower(), bool(row["question"] or row["answer"])
     if not task and not asks and CAPTION in header:
         task = CAPTION
@@ -177,9 +230,9 @@ def _cells(cells: list[str], header: list[str]) -> dict[str, str]:
     return row | {"task": task}
 
 
-def _gif(row: dict[str, Any], names: Names) -> str:
+def _gif(written: str, names: Names) -> str:
     try:
-        return names.find(row["gif"])
+        return names.find(written)
     except NoSuchName as error:
         raise RowError(str(error)) from error
 
@@ -187,7 +240,7 @@ def _gif(row: dict[str, Any], names: Names) -> str:
 def _question(row: dict[str, Any], names: Names, question_id: str, holdout: float) -> dict[str, Any]:
     return question_row(
         question_id=question_id,
-        gif=_gif(row, names),
+        gif=_gif(row["gif"], names),
         split=_split(row.get("split"), holdout),
         task=row["task"],
         question=row["question"],
@@ -367,7 +420,7 @@ def _hold_out(gifs: pd.Series, holdout: float, seed: int, rejects: Sequence[tupl
     if holdout > 0:
         if distinct < 2:
             raise CorpusError(
-                f"Holding out a share of the GIFs needs at least 2, but the questions are about {distinct}. "
+                f"Holding out a share of the GIFs needs at least 2, but the rows are about {distinct}. "
                 "Add GIFs, or give a split column, or hold out 1 (everything is scored) or 0 (nothing is)."
                 + listed_rejects(rejects)
             )

@@ -7,7 +7,6 @@ images/<split>/<pid>/image.png. Prompts as in ADEM-VL's official code (github.co
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import urllib.request
@@ -24,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from helpers.config import nearest
+from helpers.corpora.json_files import read_json
 from helpers.corpora.schema import CorpusError, RowError, reject_table, require_questions
 from helpers.workspace.disk import put_in_place, require_disk, whole
 from helpers.workspace.inputs import attached_paths
@@ -213,25 +213,6 @@ def read_captions(path: str | Path) -> dict[str, str]:
     if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
         raise CorpusError(f"{path}: expected an object with `captions`, an object of texts by problem id.")
     return {pid: text.strip() for pid, text in captions.items()}
-
-
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises `CorpusError` if it is missing, not UTF-8, not JSON, or repeats a key."""
-    path = Path(path)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise CorpusError(f"{path}: the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice.")
-        return found
-
-    if not path.is_file():
-        raise CorpusError(f"There is no file {path}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorpusError(f"{path} is not readable as JSON: {error}.") from error
 
 
 def problem_row(pid: str, record: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:

@@ -31,16 +31,18 @@ Row = tuple[int, list[str]]
 """The row's number, the header being row 1, and its cells as they are written."""
 
 
-def read_sheet(path: Path, columns: Sequence[str], needed: Sequence[str]) -> tuple[list[str], list[Row]]:
+def read_sheet(
+    path: Path, columns: Sequence[str], needed: Sequence[str], each: str = "question"
+) -> tuple[list[str], list[Row]]:
     """Return the header, in lower case, and the rows that are not blank.
 
     Read are UTF-8 and UTF-16, any kind of line end, commas, semicolons or tabs, and whatever character a first line
-    `sep=` names. columns: those of the format, by which a header is known. needed: those that must be there. Raises
-    CorpusError for a file that is no such table, cannot be read, or holds no header or no rows.
+    `sep=` names. columns: those of the format, by which a header is known. needed: those that must be there. each: what
+    a row is. Raises CorpusError for a file that is no such table, cannot be read, or holds no header or no rows.
     """
     if not path.is_file():
         what = f"{path} is a folder: name the CSV in it" if path.is_dir() else f"there is no file {path}"
-        raise CorpusError(f"Questions: {what}.")
+        raise CorpusError(f"{each.capitalize()}s: {what}.")
     text, separator = table_text(path)
     # strict: else a quote that is never closed would swallow the rows after it in silence
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -50,13 +52,26 @@ def read_sheet(path: Path, columns: Sequence[str], needed: Sequence[str]) -> tup
         advice = "A quote inside a quoted cell is written twice, and every opened quote is closed."
         raise CorpusError(f"{path}: not a readable CSV near line {reader.line_num} ({error}). {advice}") from error
     if not records or not any(visible(cell).strip("\0") for cell in records[0]):
-        raise CorpusError(f"{path} is empty: expected the header {','.join(columns)} and a row for each question.")
+        raise CorpusError(f"{path} is empty: expected the header {','.join(columns)} and a row for each {each}.")
     header = [visible(cell).lower() for cell in records[0]]
     _check_header(header, path, columns, needed)
     rows = [(number, cells) for number, cells in enumerate(records[1:], start=2) if any(map(visible, cells))]
     if not rows:
-        raise CorpusError(f"{path} has a header but no questions.")
+        raise CorpusError(f"{path} has a header but no {each}s.")
     return header, rows
+
+
+def by_column(cells: Sequence[str], header: Sequence[str]) -> dict[str, str]:
+    """The cells of a row as they are written, by their columns; "" for those that it lacks at its end.
+
+    Raises RowError for a row with more cells than the header, or with NUL characters.
+    """
+    if len(cells) > len(header):
+        raise RowError(f"{len(cells)} columns, but the header has {len(header)}: quote a text that holds the separator")
+    if any("\0" in cell for cell in cells):
+        raise RowError(DAMAGED)
+    # commas at the end of a row are easily left out by hand
+    return dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True))
 
 
 def table_text(path: Path, errors: str = "strict") -> tuple[str, str]:

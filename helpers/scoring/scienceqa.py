@@ -17,8 +17,9 @@ from typing import Any
 import pandas as pd
 
 from helpers.config import nearest
+from helpers.corpora.json_files import read_json
 from helpers.corpora.schema import RowError
-from helpers.corpora.scienceqa import LETTERS, SPLITS, problem_row, read_json, read_records, read_splits
+from helpers.corpora.scienceqa import LETTERS, SPLITS, problem_row, read_records, read_splits
 from helpers.scoring.intervals import wilson_interval
 from helpers.workspace.disk import whole
 

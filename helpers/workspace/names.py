@@ -87,23 +87,26 @@ class Names:
     ".." nor an absolute name leads out of the folder.
     """
 
-    def __init__(self, folder: Path, ending: str = "") -> None:
-        self._folder, self._ending, self._left = folder, ending, COMPARISONS
+    def __init__(self, folder: Path, *endings: str) -> None:
+        self._folder, self._endings, self._left = folder, endings, COMPARISONS
         self._entries: dict[str, dict[str, list[str]]] = {}
 
     def find(self, written: str) -> str:
         """Return the path inside the folder, in the disk's spelling, of the file that is meant.
 
-        The exact name comes first, then the same with the ending, then names that differ by letter case, by the form of
-        their accents or by invisible characters. Raises NoSuchName if there is none, or several, or it leads out.
+        The exact name comes first, then the same with one of the endings, then names that differ by letter case, by the
+        form of their accents or by invisible characters. Raises NoSuchName if there is none, or several, or it leads
+        out.
         """
         if not visible(written):
             raise NoSuchName("no GIF is named")
-        parts = [self._parts(text) for text in dict.fromkeys((written, written.strip(), visible(written))) if text]
-        wanted = [*parts, *([*part[:-1], part[-1] + self._ending] for part in parts if part)]
+        texts = dict.fromkeys((written, written.strip(), visible(written)))
+        parts = [part for part in map(self._parts, filter(None, texts)) if part]
+        ended = [[[*part[:-1], part[-1] + ending] for ending in self._endings] for part in parts]
         for exact in (True, False):
-            for part in filter(None, wanted):
-                found = [path for path in self._matches("", part, exact) if self._is_file(path)]
+            for spellings in [*([part] for part in parts), *ended]:
+                paths = [path for spelling in spellings for path in self._matches("", spelling, exact)]
+                found = [path for path in paths if self._is_file(path)]
                 if len(found) > 1:
                     raise NoSuchName(f"several files could be meant, write the name of one: {_listed(found)}")
                 if found:
@@ -157,7 +160,15 @@ class Names:
             paths = [path.relative_to(self._folder).as_posix() for path in files_below(self._folder)]
         except OSError:  # a name is not found for want of a hint
             paths = []
-        return [path for path in paths if path.lower().endswith(self._ending)]
+        return [path for path in paths if path.lower().endswith(self._endings or "")]
+
+    @cached_property
+    def _by_base(self) -> dict[str, list[str]]:
+        """Every path by the stem of its last part."""
+        found: dict[str, list[str]] = {}
+        for path in self._all:
+            found.setdefault(self._stem(path.rpartition("/")[2]), []).append(path)
+        return found
 
     def _missing(self, written: str) -> str:
         if is_leftover(written):
@@ -168,8 +179,7 @@ class Names:
 
     def _near(self, written: str) -> list[str]:
         """Names like the one that is missing: the same one in another folder, else the three most similar."""
-        base = folded(written.rpartition("/")[2].removesuffix(self._ending) + self._ending)
-        same = [path for path in self._all if folded(path.rpartition("/")[2]) == base]
+        same = self._by_base.get(self._stem(written.rpartition("/")[2]), [])
         if same or self._left < len(self._all):
             return same[:3]
         self._left -= len(self._all)
@@ -177,9 +187,9 @@ class Names:
         return [by_stem[stem] for stem in difflib.get_close_matches(self._stem(written), by_stem, n=3, cutoff=0.7)]
 
     def _stem(self, path: str) -> str:
-        """A path for comparing: folded, without the ending, which all share; other bytes than UTF-8 as Latin-1."""
-        text = re.sub("[\udc80-\udcff]", lambda raw: chr(ord(raw[0]) - 0xDC00), path)
-        return folded(text).removesuffix(self._ending)
+        """A path for comparing: folded, without an ending that many share; other bytes than UTF-8 as Latin-1."""
+        text = folded(re.sub("[\udc80-\udcff]", lambda raw: chr(ord(raw[0]) - 0xDC00), path))
+        return next((text.removesuffix(ending) for ending in self._endings if text.endswith(ending)), text)
 
 
 def _listed(names: list[str]) -> str:

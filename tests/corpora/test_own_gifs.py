@@ -240,7 +240,7 @@ def test_holdout_leaves_both_splits_something(tmp_path):
 
 def test_one_gif_cannot_be_held_out(tmp_path):
     folder, path = many(tmp_path, 1)
-    with pytest.raises(CorpusError, match="at least 2, but the questions are about 1"):
+    with pytest.raises(CorpusError, match="at least 2, but the rows are about 1"):
         own_gifs.load(folder, path)
     assert set(own_gifs.load(folder, path, holdout=1).questions.split) == {"test"}
     assert set(own_gifs.load(folder, path, holdout=0).questions.split) == {"train"}
@@ -394,7 +394,7 @@ def test_rows_that_contradict_each_other_are_left_out(gifs):
 def test_an_error_carries_what_lies_behind_it(gifs):
     lines = [f"bird{n}.gif,frameqa,what ?,bird," for n in range(8)]
     path = write(gifs, HEADER, "cat.gif,frameqa,what ?,cat,", *lines)
-    with pytest.raises(CorpusError, match="at least 2, but the questions are about 1") as error:
+    with pytest.raises(CorpusError, match="at least 2, but the rows are about 1") as error:
         own_gifs.load(gifs, path)
     told = str(error.value).split("Left out: ")[1].splitlines()
     assert told[0] == "8" and len(told) == 9

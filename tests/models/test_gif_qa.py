@@ -626,7 +626,7 @@ def test_a_frozen_mit_is_kept_in_half_precision_where_it_came_in_it(build, tmp_p
     """Of numbers that half precision holds nothing is lost; others, and what was trained, stay as they are."""
     model = build("llama", connector__train_mit=False)
     mit = model.mit.state_dict()
-    for name, tensor in mit.items():
+    for tensor in mit.values():
         tensor.copy_(tensor.half())
     odd = sorted(mit)[0]
     mit[odd].view(-1)[0] = 1 + 2**-20  # between two numbers of half precision

@@ -45,6 +45,34 @@ def test_a_name_is_found_as_it_is_meant(tmp_path, on_disk, written, found):
 
 
 @pytest.mark.parametrize(
+    ("on_disk", "written", "found"),
+    [
+        (["cat.mp4"], "cat", "cat.mp4"),
+        (["cat.WebM", "cat.txt"], "Cat", "cat.WebM"),
+        (["cat.mp4", "cat.gif"], "cat.mp4", "cat.mp4"),
+        (["cat", "cat.gif", "cat.mp4"], "cat", "cat"),
+        (["cat.mp4", "cat.GIF"], "cat", "cat.mp4"),  # the exact one comes first
+    ],
+)
+def test_a_name_may_lack_any_of_several_endings(tmp_path, on_disk, written, found):
+    assert Names(put(tmp_path, *on_disk), ".gif", ".mp4", ".webm").find(written) == found
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "written", "reason"),
+    [
+        (["cat.gif", "cat.mp4"], "cat", "several files could be meant, write the name of one: cat.gif, cat.mp4"),
+        (["deep/cat.mp4", "deep/cat.txt"], "cat", r"no such GIF in the folder in; did you mean deep/cat\.mp4\?$"),
+        (["kitten.mp4"], "kiten.gif", r"did you mean kitten\.mp4\?$"),
+        (["g0.mp4", "g1.mp4"], "x.mp4", "no such GIF in the folder in$"),
+    ],
+)
+def test_what_a_name_without_its_ending_may_mean_is_told(tmp_path, on_disk, written, reason):
+    with pytest.raises(NoSuchName, match=reason):
+        Names(put(tmp_path / "in", *on_disk), ".gif", ".mp4").find(written)
+
+
+@pytest.mark.parametrize(
     ("on_disk", "written", "reason"),
     [
         (["Cat.gif", "cat.gif"], "CAT.gif", "several files could be meant, write the name of one: Cat.gif, cat.gif"),
