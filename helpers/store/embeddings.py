@@ -77,9 +77,7 @@ def write_embeddings(
     upsert(path, rows, ["key", *KIND])
 
 
-def read_embeddings(
-    path: Path | str, **wanted: str
-) -> tuple[EmbeddingKind, list[str], np.ndarray | list[np.ndarray]]:
+def read_embeddings(path: Path | str, **wanted: str) -> tuple[EmbeddingKind, list[str], np.ndarray | list[np.ndarray]]:
     """The embeddings of one kind, with their keys in sorted order, from a table of `write_embeddings`.
 
     wanted: fields of `EmbeddingKind`, as many as tell the kind from the others that the table holds. Returns the kind,
@@ -101,7 +99,7 @@ def read_embeddings(
     chosen = chosen.sort_values("key")
     column = dataset.take(chosen.index.to_numpy(), columns=["embedding"])["embedding"].combine_chunks()
     vectors = column if pa.types.is_fixed_size_list(column.type) else column.flatten()
-    values = vectors.flatten().to_numpy().reshape(-1, vectors.type.list_size)
+    values = np.array(vectors.flatten()).reshape(-1, vectors.type.list_size)
     if vectors is not column:
         values = np.split(values, np.cumsum(column.value_lengths().to_numpy())[:-1])
     return kinds[0], chosen["key"].tolist(), values

@@ -196,9 +196,8 @@ def vector_lists(parts: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray
     """A column of lists of vectors, a part [n, D] each row; kind: its type, a list of lists of D numbers."""
     vectors = pa.array(np.concatenate(parts).reshape(-1), kind.value_type.value_type)
     offsets = pa.array(np.cumsum([0] + [len(part) for part in parts]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(vectors, kind.value_type.list_size)).cast(
-        kind
-    )
+    vectors = pa.FixedSizeListArray.from_arrays(vectors, kind.value_type.list_size)
+    return pa.ListArray.from_arrays(offsets, vectors).cast(kind)
 
 
 def upsert(path: Path, rows: pa.Table, on: list[str]) -> None:

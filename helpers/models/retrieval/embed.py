@@ -77,15 +77,15 @@ def token_states(
             embeddings = seen["given"].get("inputs_embeds")
             if embeddings is None:
                 embeddings = decoder.get_input_embeddings()(seen["given"]["input_ids"])
-            # What transformers lists as the last hidden state went through the final norm or not, by release and
-            # model; what a language model returns as its last one always did.
-            last = seen["output"].last_hidden_state
-            states = {BEFORE: embeddings, LAST: last, decoder.config.num_hidden_layers: last}
-            listed = seen["output"].hidden_states or ()
-            states |= {layer: listed[layer] for layer in layers if layer not in states}
-            return {(layer, how): pool(states[layer], positions, how) for layer in layers for how in poolings}
     finally:
         hook.remove()
+    # What transformers lists as the last hidden state went through the final norm or not, by release and model; what a
+    # language model returns as its last one always did.
+    last = seen["output"].last_hidden_state
+    states = {BEFORE: embeddings, LAST: last, decoder.config.num_hidden_layers: last}
+    states |= {layer: seen["output"].hidden_states[layer] for layer in layers if layer not in states}
+    with torch.no_grad():  # out of inference mode, so that a head can be trained on what comes of it
+        return {(layer, how): pool(states[layer], positions, how) for layer in layers for how in poolings}
 
 
 def _own(model: nn.Module) -> nn.Module:
@@ -276,7 +276,7 @@ def _shower(
 
 def _token_ids(model: GifQAModel, texts: Sequence[str]) -> list[list[int]]:
     if empty := [place for place, text in enumerate(texts) if not text.strip()]:
-        raise ValueError(f"{len(empty)} of the {len(texts)} texts are empty, the first at place {empty[0]}: leave them out")
+        raise ValueError(f"{len(empty)} of {len(texts)} texts are empty, the first in row {empty[0]}: leave them out")
     return [text_tokens(model.tokenizer, text.strip()) for text in texts]
 
 

@@ -42,5 +42,6 @@ def centred(values: np.ndarray, training: np.ndarray) -> np.ndarray:
     which are alike. Test items do not enter it. Raises ValueError for other shapes, or without a training item.
     """
     if values.ndim != 2 or training.ndim != 2 or values.shape[1] != training.shape[1] or not len(training):
-        raise ValueError(f"centred takes [N, D] and [M, D] with M > 0; got {list(values.shape)}, {list(training.shape)}")
+        shapes = f"{list(values.shape)} and {list(training.shape)}"
+        raise ValueError(f"centred takes [N, D] and [M, D] with M above 0; got {shapes}")
     return values - training.mean(axis=0, dtype=np.float64).astype(values.dtype)
