@@ -1,7 +1,8 @@
 """What trained models say to a table of questions; `predict` is GIF question answering's."""
 
 from helpers.answers.captions import score_captions, write_captions_of
-from helpers.answers.tgif_qa import CHUNK, RESULT_COLUMNS, predict, save_predictions, shown_prompt, token_batches
+from helpers.answers.tgif_qa import CHUNK, RESULT_COLUMNS, predict, save_predictions, shown_prompt
+from helpers.models.parts import token_batches
 
 __all__ = [
     "CHUNK",

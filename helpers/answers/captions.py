@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from helpers.answers.tgif_qa import token_batches
+from helpers.models.parts import token_batches
 from helpers.scoring.captions import caption_scores
 
 if TYPE_CHECKING:

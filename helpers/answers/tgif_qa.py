@@ -24,6 +24,7 @@ from helpers.corpora.tasks import (
     softmax,
 )
 from helpers.models.gif_qa.window import WRITTEN_TOKENS
+from helpers.models.parts import token_batches
 from helpers.scoring.baselines import shuffle_gifs
 from helpers.stage.pace import PACE_FILE, DeadlineReached, probe_steps
 from helpers.store.tables import read_parquet
@@ -274,22 +275,6 @@ def _answer_openly(
         }
         for text, word, s in zip(generated, closed, scores, strict=True)
     ]
-
-
-def token_batches(lengths: np.ndarray, budget: int) -> list[list[int]]:
-    """Positions of `lengths` (tokens) in batches of like length, longest first, each at most `budget` padded tokens.
-
-    A row that is longer than the budget makes a batch of its own.
-    """
-    batches: list[list[int]] = []
-    widest = 0
-    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        if batches and (len(batches[-1]) + 1) * widest <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-            widest = int(lengths[i])
-    return batches
 
 
 def save_predictions(predictions: pd.DataFrame, path: Path) -> None:

@@ -126,7 +126,9 @@ class QFormerConnector(nn.Module):
     """A small querying transformer (BLIP-2, arXiv 2301.12597, section 3.1): a fixed number of tokens a group.
 
     Its memory is one vector a frame, from the frame's embedding, its MIT token and its place in the group, and one
-    for the group's pooled vector.
+    for the group's pooled vector. With 32 queries of width 768 and 12 heads it is Video-LLaMA's video Q-Former (arXiv
+    2306.02858, section 2.1.1) over one vector a frame in place of 32, in groups of frames, pre-norm, and with a mask
+    of the frames, which that one lacks.
     """
 
     def __init__(

@@ -34,6 +34,22 @@ def padded_candidates(rows: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
     return padded
 
 
+def token_batches(lengths: np.ndarray, budget: int) -> list[list[int]]:
+    """Positions of `lengths` (tokens) in batches of like length, longest first, each at most `budget` padded tokens.
+
+    A row that is longer than the budget makes a batch of its own.
+    """
+    batches: list[list[int]] = []
+    widest = 0
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        if batches and (len(batches[-1]) + 1) * widest <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+            widest = int(lengths[i])
+    return batches
+
+
 def tensor_faults(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Say how tensors differ from the expected ones, in name, shape or kind of number; "" if they do not."""
     faults = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]

@@ -1,15 +1,13 @@
 """The feature table, written row by row and read: random access to cached frame embeddings."""
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lance
 import numpy as np
 import pyarrow as pa
 
-from helpers.store.tables import StoreError, open_table, sync_table
+from helpers.store.tables import StoreError, open_table, upsert, vector_lists
 
 
 def feature_schema(dim: int, frames_key: str) -> pa.Schema:
@@ -47,17 +45,9 @@ def upsert_features(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -
     if not rows:
         return
     embeddings = [row["embeddings"] for row in rows]
-    values = pa.array(np.concatenate(embeddings).reshape(-1), pa.float16())
-    offsets = pa.array(np.cumsum([0] + [len(part) for part in embeddings]), pa.int32())
-    column = pa.ListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(values, embeddings[0].shape[1]))
+    column = vector_lists(embeddings, schema.field("embeddings").type)
     columns = [pa.array([row[name] for row in rows], schema.field(name).type) for name in schema.names[:-1]]
-    table = pa.Table.from_arrays([*columns, column.cast(schema.field("embeddings").type)], schema=schema)
-    began = time.time()
-    if (dataset := open_table(path)) is None:
-        lance.write_dataset(table, str(path))
-    else:
-        dataset.merge_insert("gif_sha256").when_matched_update_all().when_not_matched_insert_all().execute(table)
-    sync_table(path, began)
+    upsert(path, pa.Table.from_arrays([*columns, column], schema=schema), ["gif_sha256"])
 
 
 class FeatureTable:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,24 @@ def sync_table(path: Path, since: float) -> None:
     written = [file for file in files_below(path) if file.stat().st_mtime >= since - CLOCK_SECONDS]
     for place in [*written, *{file.parent for file in written}, path]:
         sync(place)
+
+
+def vector_lists(parts: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
+    """A column of lists of vectors, a part [n, D] each row; kind: its type, a list of lists of D numbers."""
+    vectors = pa.array(np.concatenate(parts).reshape(-1), kind.value_type.value_type)
+    offsets = pa.array(np.cumsum([0] + [len(part) for part in parts]), pa.int32())
+    vectors = pa.FixedSizeListArray.from_arrays(vectors, kind.value_type.list_size)
+    return pa.ListArray.from_arrays(offsets, vectors).cast(kind)
+
+
+def upsert(path: Path, rows: pa.Table, on: list[str]) -> None:
+    """Insert rows into the table at `path`, or replace those that are the same in the columns `on`, in one commit."""
+    began = time.time()
+    if (dataset := open_table(path)) is None:
+        lance.write_dataset(rows, str(path))
+    else:
+        dataset.merge_insert(on).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+    sync_table(path, began)
 
 
 def write_sorted(source: lance.LanceDataset, order: np.ndarray, schema: pa.Schema, path: Path) -> None:

@@ -71,6 +71,39 @@ def test_qformer_knows_the_order_of_frames():
     assert (forwards - backwards).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_qformer_is_torchs_decoder_of_learned_queries_over_the_frames_that_are_there():
+    """Self-attention, cross-attention and feed-forward in two layers; no masked frame is in the memory at all."""
+    torch.manual_seed(0)
+    connector = build_connector(config("qformer"), 12, 20)
+    for parameter in connector.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    frames, mit_tokens, pooled, mask = inputs()
+    tokens, _ = connector(frames, mit_tokens, pooled, mask)
+    for group, length in enumerate((16, 1, 7)):
+        pair = [connector.frame_norm(frames[group, :length]), connector.mit_norm(mit_tokens[group, :length])]
+        seen = connector.frame_input(torch.cat(pair, dim=-1)) + connector.positions[:length]
+        whole = connector.group_input(connector.pooled_norm(pooled[group, None]))
+        memory, queries = connector.memory_norm(torch.cat([seen, whole])), connector.queries
+        for layer in connector.layers:
+            queries = torchs_decoder_layer(layer)(queries[None], memory[None])[0]
+        expected = connector.output_norm(connector.output(queries))
+        torch.testing.assert_close(tokens[group], expected, atol=1e-5, rtol=1e-4)
+
+
+def torchs_decoder_layer(layer: torch.nn.Module) -> torch.nn.TransformerDecoderLayer:
+    """PyTorch's own decoder layer with the weights of a layer of 24 numbers and 4 heads."""
+    other = torch.nn.TransformerDecoderLayer(24, 4, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+    for theirs, ours in ((other.self_attn, layer.self_attention), (other.multihead_attn, layer.cross_attention)):
+        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key_value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key_value.bias]))
+        theirs.out_proj.load_state_dict(ours.output.state_dict())
+    pairs = [(other.norm1, layer.self_norm), (other.norm2, layer.cross_norm), (other.norm3, layer.mlp_norm)]
+    for theirs, ours in [*pairs, (other.linear1, layer.mlp[0]), (other.linear2, layer.mlp[2])]:
+        theirs.load_state_dict(ours.state_dict())
+    return other
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_video_tokens_start_at_the_size_of_word_embeddings_either_way(kind):
     outputs = []

@@ -27,6 +27,7 @@ from helpers.config import EvaluationConfig, Profile
 from helpers.corpora.tasks import require_finite_scores
 from helpers.models.chat import chat_format
 from helpers.models.connectors import build_connector
+from helpers.models.digests import layers_digest
 from helpers.models.gif_qa.window import MAX_NEW_TOKENS, Window, window_size
 from helpers.models.language import (
     adapter_config,
@@ -288,13 +289,19 @@ class GifQAModel(nn.Module):
 
     # ---- Answers -----------------------------------------------------------------------------------------------
 
-    def _prefix(self, prompts: Sequence[Sequence[int]], video: tuple[Tensor, Tensor] | None, left: bool = False):
-        """Pack prompts (token ids, BOS first) with their video tokens: embeddings [B, S, H] and mask [B, S]."""
+    def packed(
+        self, prompts: Sequence[Sequence[int]], video: tuple[Tensor, Tensor] | None, left: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompts (token ids, BOS first) with their video tokens, as the language model reads them.
+
+        video: as of `video_input`; None for a sequence of text alone. Returns embeddings [B, S, H], their mask [B, S],
+        and which of them are video tokens [B, S]. Raises TooLong for a sequence over the window.
+        """
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[*p, *[self.start] * (width - len(p))] for p in prompts], device=self.device)
         mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in prompts], device=self.device)
-        embeddings, mask, _ = self._sequence(ids, mask, video, left)
-        return embeddings, mask
+        embeddings, mask, order = self._sequence(ids, mask, video, left)
+        return embeddings, mask, mask & (order < 0)
 
     def decode(
         self,
@@ -305,7 +312,7 @@ class GifQAModel(nn.Module):
         new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[list[str]]:
         """Texts, of `new_tokens` at most, of the `returned` best beams of each prompt; `video` as of `video_input`."""
-        embeddings, mask = self._prefix(prompts, video, left=True)
+        embeddings, mask, _ = self.packed(prompts, video, left=True)
         self._require_room(embeddings.shape[1] + new_tokens)
         tokens = self.language_model.generate(
             inputs_embeds=embeddings,
@@ -392,7 +399,8 @@ class GifQAModel(nn.Module):
     ) -> list[np.ndarray]:
         """Summed log-probabilities of each row's candidates, in one pass."""
         tokens = torch.from_numpy(padded_candidates(candidates)).to(self.device)
-        sums = self._candidate_log_probs(*self._prefix(prompts, video), tokens).double().sum(2).cpu().numpy()
+        prefix, mask, _ = self.packed(prompts, video)
+        sums = self._candidate_log_probs(prefix, mask, tokens).double().sum(2).cpu().numpy()
         return [values[: len(row)] for values, row in zip(sums, candidates, strict=True)]
 
     def _candidate_log_probs(self, prefix: Tensor, prefix_mask: Tensor, candidates: Tensor) -> Tensor:
@@ -447,7 +455,7 @@ class GifQAModel(nn.Module):
         first = torch.tensor([word[0] for word in tokens], device=self.device)
         with inference(self):
             video = self.video_input(frames, lengths)
-            prefix, mask = self._prefix(prompts, video)
+            prefix, mask, _ = self.packed(prompts, video)
             hidden = self._hidden(prefix, mask.long(), (mask.cumsum(1) - 1).clamp(min=0))
             last = hidden[torch.arange(len(mask), device=self.device), mask.sum(1) - 1]
             bounds = head_logits(self.language_model, last).log_softmax(-1)[:, first]
@@ -500,7 +508,7 @@ class GifQAModel(nn.Module):
         facts = {"format": BUNDLE_FORMAT, "video": self.video, **copy.deepcopy(self.base), "profile": profile}
         if clash := facts.keys() & (info or {}).keys():
             raise ValueError(f"info holds {sorted(clash)}, which save_bundle writes itself")
-        adapter, video = adapter_tensors(self.language_model), self.video_tensors() if self.video else {}
+        adapter, video = adapter_tensors(self.language_model), self.video_tensors()
         require_finite(adapter | video, "the model", f"{folder} was not written; train with lower learning rates")
         with whole(folder) as staging:
             staging.mkdir()
@@ -518,8 +526,17 @@ class GifQAModel(nn.Module):
             (staging / "bundle.json").write_text(json.dumps(facts | (info or {}), indent=2) + "\n", encoding="utf-8")
         return folder
 
+    def trained_digest(self) -> str:
+        """Digest of what was trained (adapter, connector and MIT): the same for a model and its bundle."""
+        return layers_digest((adapter_tensors(self.language_model) | self.video_tensors()).items())
+
     def video_tensors(self) -> dict[str, Tensor]:
-        """Connector and MIT under the names of connector.safetensors; a frozen MIT as small as it was shipped."""
+        """Connector and MIT under the names of connector.safetensors, none of a blind model.
+
+        A frozen MIT is kept as small as it was shipped.
+        """
+        if not self.video:
+            return {}
         mit = self.mit.state_dict()
         if not self.profile.connector.train_mit:
             mit = {name: _half_if_equal(tensor) for name, tensor in mit.items()}
