@@ -86,6 +86,10 @@ class Job:
     expected: float | None = None
     """What a step counts in the mean over the run: the loss of a step is then a sum over this, so that its items weigh
     as much as those of any other step. None: a step's loss is the mean over its own items."""
+    decay: bool = True
+    """False: after the warm-up the learning rates stay what they are."""
+    measure: Callable[[list[dict[str, Any]]], dict[str, float]] | None = None
+    """Called at the end of each epoch with the history's rows so far; what it returns is noted in the newest one."""
 
 
 class RunControl(TrainerCallback):

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.config import RetrievalConfig
-from helpers.models.parts import BundleError
 
 FEED_FORWARD = 4  # times a Transformer layer's width, as in the paper that the study cites
 
@@ -114,9 +113,3 @@ class RetrievalHead(nn.Module):
     @staticmethod
     def _unit(x: Tensor) -> Tensor:
         return F.normalize(x.float(), dim=-1)
-
-
-def require_same_width(what: str, found: int, wanted: int) -> None:
-    """Raise BundleError unless embeddings have the width that a head or an index takes."""
-    if found != wanted:
-        raise BundleError(f"{what} have {found} numbers each, but this head takes {wanted}: are they of another model?")
