@@ -82,7 +82,7 @@ def test_what_an_index_cannot_be_made_of_or_asked_is_said(tmp_path):
     for k in (0, 5):
         with pytest.raises(ValueError, match=rf"k is {k}: it must be from 1 to 4, the number of videos"):
             index.search(vectors, k)
-    with pytest.raises(BundleError, match="a query has 7 numbers, the vectors of .* have 8"):
+    with pytest.raises(BundleError, match=r"a query has 7 numbers, the vectors of .* have 8"):
         index.search(unit(1, 7), 2)
 
 
