@@ -38,7 +38,7 @@ class Row:
     told: Mapping[str, Any] = field(default_factory=dict)
 
 
-# What the study names no value for is torch's or the suite's: no warm-up and no decay of the rate, dropout 0.1, margin.
+# The study names batch size and rate alone; nothing is said of warm-up, decay, masks or scaled inputs: none of them.
 STUDY = {"warmup_ratio": 0.0, "decay": False, "mask": False, "standardise": False, "batch_size": 32, "widths": [1, 1]}
 BROAD = {"head": "mlp", "loss": "mse", "widths": [1, 1], "learning_rate": 1e-3}
 DEEP = BROAD | {"widths": [1, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8]}  # 4096, 2048, 1024, 1024, 512, 512
@@ -78,7 +78,7 @@ def presets() -> dict[str, Row]:
 def factors(config: RetrievalConfig) -> dict[str, Row]:
     """The head of `config`, and the same with one factor changed at a time: head, loss, batch, standardisation, mask.
 
-    A smaller batch takes as many steps, in fewer epochs. mse and margin also stand as pairs drawn once, the study's way.
+    A smaller batch takes as many steps, in fewer epochs; mse and margin also stand as the study's pairs, drawn once.
     """
     small = max(2, config.batch_size // 8)
     losses = {f"loss: {loss}": {"loss": loss} for loss in ("infonce", "sigmoid", "margin", "mse")}

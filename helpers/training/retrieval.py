@@ -116,12 +116,10 @@ def equal_text(texts: Sequence[str], video_of: np.ndarray, videos: int) -> csr_a
 def split_videos(data: TextVideo, share: float, seed: int) -> tuple[TextVideo, TextVideo | None]:
     """What to train on, and a random `share` of the videos, with all their texts, to choose the best step on.
 
-    None where that is no video. Raises TrainingError where none is left to train on.
+    None where that is no video.
     """
     order = np.random.default_rng(seed).permutation(len(data.video))
     count = round(share * len(order))
-    if count == len(order):
-        raise TrainingError(f"{len(order)} videos cannot be divided; lower retrieval.validation_share ({share})")
     held = data.of_videos(np.sort(order[:count])) if count else None
     return (data.of_videos(np.sort(order[count:])) if count else data), held
 

@@ -28,7 +28,7 @@ class Standardise(nn.Module):
 
     def fit(self, rows: Tensor) -> None:
         """Take the statistics from rows [N, D]; a feature that never varies is only centred."""
-        deviation, mean = torch.std_mean(rows.double(), dim=0, correction=0)
+        deviation, mean = torch.std_mean(rows.float(), dim=0, correction=0)
         varies = deviation > 1e-6 * mean.abs().clamp(min=deviation.max())
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(varies, deviation, 1.0))
