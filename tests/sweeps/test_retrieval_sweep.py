@@ -12,7 +12,7 @@ from helpers.sweeps import retrieval as sweep
 from helpers.sweeps.retrieval import MEASURES, Row, changed, factors, presets, run_heads
 from helpers.sweeps.runs import ablation_table
 from helpers.training.retrieval import TextVideo, similarity
-from tests.training.test_retrieval import mrr, world
+from tests.training.test_training_retrieval import mrr, world
 
 # layers, learning rate, batch size, epochs, precision as the report prints them; pairs, loss and where as it says
 REPORT = [

@@ -13,6 +13,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 
 from helpers.models.parts import BundleError
 from helpers.models.retrieval.bundle import Match, Source, load_head, read_head
@@ -206,10 +207,8 @@ class Retriever:
     @torch.no_grad()
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors [N, E] of texts."""
-        embedded = self.encode(texts)
-        if self.head is not None:
-            return self.head.text(embedded).cpu().numpy()
-        return torch.nn.functional.normalize(embedded.float(), dim=-1).cpu().numpy()
+        embedded = self.encode(texts).float().cpu()  # where the head is
+        return (F.normalize(embedded, dim=-1) if self.head is None else self.head.text(embedded)).numpy()
 
 
 def head_facts(source: Source, head: RetrievalHead | None) -> dict[str, str]:
