@@ -178,8 +178,8 @@ class Items(Dataset):
 
 def _padded(values: Values, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Rows of embeddings as float32, and their mask if they are not pooled."""
-    if isinstance(values, np.ndarray) and values.ndim == 2:
-        return torch.from_numpy(values[rows]).float(), None
+    if np.ndim(values[0]) == 1:
+        return torch.from_numpy(np.stack([values[row] for row in rows])).float(), None
     parts = [torch.as_tensor(values[row]).float() for row in rows]
     lengths = torch.tensor([len(part) for part in parts])
     padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)
@@ -193,16 +193,20 @@ class Collator:
         self.data, self.config = data, config
 
     def __call__(self, items: Sequence[tuple[int, int, bool]]) -> dict[str, Tensor | None]:
-        """Embeddings, their masks, `positive` and `counted`: [B, B] of all against all, or [B] of drawn pairs."""
-        texts, videos, own = (list(part) for part in zip(*items, strict=True))
-        positive = torch.tensor(own) if self.config.pairs else torch.eye(len(items), dtype=torch.bool)
-        counted = torch.ones_like(positive)
-        if self.config.mask and not self.config.pairs:
-            counted = positive | ~torch.from_numpy(self.data.relevant[texts][:, videos].toarray())
-        batch = {"positive": positive, "counted": counted}
+        """Embeddings and their masks, and what `matches` says."""
+        texts, videos, _ = zip(*items, strict=True)
+        batch: dict[str, Tensor | None] = dict(zip(("positive", "counted"), self.matches(items), strict=True))
         batch["text"], batch["text_mask"] = _padded(self.data.text, texts)
         batch["video"], batch["video_mask"] = _padded(self.data.video, videos)
         return batch
+
+    def matches(self, items: Sequence[tuple[int, int, bool]]) -> tuple[Tensor, Tensor]:
+        """Bool tensors of the losses, `positive` and `counted`: [B, B] of all against all, or [B] of drawn pairs."""
+        texts, videos, own = (list(part) for part in zip(*items, strict=True))
+        positive = torch.tensor(own) if self.config.pairs else torch.eye(len(items), dtype=torch.bool)
+        if self.config.pairs or not self.config.mask:
+            return positive, torch.ones_like(positive)
+        return positive, positive | ~torch.from_numpy(self.data.relevant[texts][:, videos].toarray())
 
 
 class Aligner(nn.Module):
@@ -252,15 +256,18 @@ def similarity(data: TextVideo, head: RetrievalHead | None = None) -> np.ndarray
     return texts @ videos.T
 
 
-def calibrate(scores: np.ndarray, relevant: csr_array) -> Match:
+def calibrate(scores: np.ndarray, relevant: csr_array) -> Match | None:
     """When something matches, from cosines [N, M] of validation texts and which videos they fit.
 
     A text's best score over the videos that it does not fit tells what a text that fits nothing scores; a text without
-    a fitting video tells it by itself. The highest of more videos is higher: the threshold is for about as many.
+    a fitting video tells it by itself. The highest of more videos is higher: the threshold is for about as many. None
+    where one of the two kinds of score is missing, as with a single video.
     """
     fits = relevant.toarray().astype(bool)
     nothing = np.where(fits, -np.inf, scores).max(1)
     nothing, matched = nothing[~fits.all(1)], scores.max(1)[fits.any(1)]
+    if not len(nothing) or not len(matched):
+        return None
     return Match(float(nothing.mean()), float(nothing.std()), match_threshold(matched, nothing))
 
 
@@ -273,7 +280,7 @@ class HeadResult:
     best_step: int
     constant_loss: float
     match: Match | None
-    """From the validation videos; None without any."""
+    """When something matches, from the validation videos; None without enough of them."""
 
 
 def train_head(
@@ -319,8 +326,8 @@ def train_head(
     if held is not None and run.status == "complete":
         best = _load_best(model, run.history, folder)
     model.eval().requires_grad_(False)
-    seen = [collator(items) for items in plan.batches[: min(plan.epoch_ends)]]
-    constant = np.mean([constant_loss(config.loss, batch["positive"], batch["counted"]) for batch in seen])
+    epoch = plan.batches[: min(plan.epoch_ends)]
+    constant = np.mean([constant_loss(config.loss, *collator.matches(items)) for items in epoch])
     match = None if held is None else calibrate(similarity(held, model.head), held.relevant)
     return HeadResult(model.head, run, best, float(constant), match)
 

@@ -162,15 +162,18 @@ def test_a_batch_is_all_against_all_with_false_negatives_left_out():
     assert model(**batch)["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("keys", [{"head": "linear"}, {"head": "mlp"}, {"head": "transformer", "learning_rate": 1e-3}])
+@pytest.mark.parametrize(
+    "keys", [{"head": "linear"}, {"widths": [4.0]}, {"head": "transformer", "learning_rate": 2e-3, "epochs": 12.0}]
+)
 def test_infonce_finds_what_belongs_together(tmp_path, keys):
-    pooled = keys["head"] != "transformer"
+    pooled = keys.get("head") != "transformer"
     data, test = world(80, 3, pooled=pooled), world(40, 2, pooled=pooled, seed=1)
-    result = train_head(data, config(epochs=15.0, **keys), tmp_path, progress=False)
-    untrained = train_head(data, config(**keys), tmp_path / "none", deadline=0, progress=False).head
+    settings = config(**{"epochs": 15.0, "dropout": 0.0} | keys)
+    result = train_head(data, settings, tmp_path, progress=False)
+    untrained = train_head(data, settings, tmp_path / "none", deadline=0, progress=False).head
     before, after = mrr(test, similarity(test, untrained)), mrr(test, similarity(test, result.head))
-    assert before < 0.3 and after > 0.8 and result.run.status == "complete"
-    assert result.run.history["loss"].iloc[-1] < 0.5 * result.constant_loss
+    assert before < 0.3 and after > 3 * before and after > 0.6 and result.run.status == "complete"
+    assert result.run.history["loss"].iloc[-5:].mean() < 0.6 * result.constant_loss
     assert result.constant_loss == pytest.approx(math.log(16), rel=0.05)
 
 
@@ -247,6 +250,7 @@ def test_a_text_matches_nothing_below_the_threshold():
     assert match.mean == pytest.approx(mean)
     assert match.deviation == pytest.approx((sum((x - mean) ** 2 for x in nothing) / 3) ** 0.5)
     assert 0.4 < match.threshold <= 0.8
+    assert calibrate(np.array([[0.9], [0.8]]), csr_array(np.array([[True], [True]]))) is None
 
 
 def test_what_cannot_be_trained_on_is_named():
