@@ -81,9 +81,10 @@ class VideoIndex:
         if not (self.path / "_versions").is_dir():
             raise BundleError(f"there is no index of videos at {path}: make one by VideoIndex.build")
         self._table = lance.dataset(str(self.path))
-        self.made_of: dict[str, str] = json.loads((self._table.schema.metadata or {}).get(b"made_of", b"{}"))
+        told = self._table.schema.metadata or {}
+        self.made_of: dict[str, str] = json.loads(told.get(b"made_of", b"{}"))
+        self.exact: bool = json.loads(told.get(b"exact", b"true"))
         self.ids: list[str] = self._table.to_table(columns=["video"])["video"].to_pylist()
-        self.exact = not self._table.list_indices()
         self._row = {name: row for row, name in enumerate(self.ids)}
         self._vectors = np.concatenate([*self._blocks(EXACT_ROWS)]) if self.exact else None
 
@@ -113,7 +114,8 @@ class VideoIndex:
             )
         width = vectors.shape[1]
         column = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors, np.float32).ravel()), width)
-        schema = pa.schema([("video", pa.string()), ("vector", column.type)], {"made_of": json.dumps(made_of)})
+        told = {"made_of": json.dumps(made_of), "exact": json.dumps(len(ids) <= exact_rows)}
+        schema = pa.schema([("video", pa.string()), ("vector", column.type)], told)
         rows = pa.Table.from_arrays([pa.array(ids, pa.string()), column], schema=schema)
         with whole(Path(path)) as temporary:
             table = lance.write_dataset(rows, str(temporary))
