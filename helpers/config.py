@@ -17,7 +17,10 @@ from helpers.workspace.place import default_profile
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
 ADEM_PRESETS = PROFILES / "adem"
-SECTIONS = ("data", "shapes", "encoder", "language_model", "connector", "alignment", "training", "evaluation", "adem")
+SECTIONS = (
+    *("data", "shapes", "encoder", "language_model", "connector", "alignment", "training", "evaluation", "adem"),
+    "retrieval",
+)
 
 
 # By section, the keys that change how fast or how safely a run goes, not what it makes (GPUs: up to rounding and the
@@ -28,6 +31,7 @@ PACING: dict[str, frozenset[str]] = {
     "training": frozenset({"checkpoint_minutes", "log_steps", "gradient_checkpointing", "gpus"}),
     "evaluation": frozenset({"batch_tokens"}),
     "adem": frozenset({"preset", "checkpoint_minutes", "log_steps", "gradient_checkpointing", "evaluation_batch"}),
+    "retrieval": frozenset({"checkpoint_minutes", "log_steps"}),
 }
 # By section, lists of which only the members decide: neither their order nor a repetition.
 MEMBERS: dict[str, frozenset[str]] = {"data": frozenset({"groups"}), "language_model": frozenset({"target_modules"})}
@@ -252,6 +256,41 @@ class AdemConfig(Section):
         return self
 
 
+class RetrievalConfig(Section):
+    """A head that brings texts and videos into one space: its shape, its loss, its training.
+
+    `widths` are multiples of the width of the text embeddings: of the hidden layers (mlp) and, the last one, of what
+    comes out. `pairs`: how many captions of a video, and as many of others, are pairs of their own that are drawn once;
+    0: every caption of a batch is set against every video of it.
+    """
+
+    head: Annotated[Literal["linear", "mlp", "transformer"], Key(before="mlp")] = "mlp"
+    widths: Annotated[list[Annotated[Float, Field(gt=0)]], Field(min_length=1), Key(before=[1.0])] = [1.0]
+    layers: Annotated[Positive, Key(before=6)] = 6
+    heads: Annotated[Positive, Key(before=8)] = 8
+    dropout: Annotated[Float, Field(ge=0, lt=1), Key(before=0.1)] = 0.1
+    standardise: Annotated[bool, Key(before=True)] = True
+    loss: Annotated[Literal["mse", "margin", "infonce", "sigmoid"], Key(before="infonce")] = "infonce"
+    mask: Annotated[bool, Key(before=True)] = True
+    pairs: Annotated[int, Field(ge=0), Key(before=0)] = 0
+    epochs: Annotated[Float, Field(gt=0), Key(before=30.0)] = 30.0
+    batch_size: Annotated[int, Field(ge=2), Key(before=256)] = 256
+    learning_rate: Annotated[Float, Field(gt=0), Key(before=1e-3)] = 1e-3
+    warmup_ratio: Annotated[Float, Field(ge=0, le=1), Key(before=0.03)] = 0.03
+    decay: Annotated[bool, Key(before=True)] = True
+    weight_decay: Annotated[Float, Field(ge=0), Key(before=0.01)] = 0.01
+    validation_share: Annotated[Float, Field(ge=0, lt=0.5), Key(before=0.1)] = 0.1
+    seed: Annotated[int, Field(ge=0), Key(before=0)] = 0
+    checkpoint_minutes: Annotated[Float, Field(gt=0), Key(before=1.0)] = 1.0
+    log_steps: Annotated[Positive, Key(before=50)] = 50
+
+    @model_validator(mode="after")
+    def _infonce_takes_whole_batches(self) -> "RetrievalConfig":
+        if self.loss == "infonce" and self.pairs:
+            raise ValueError("retrieval.loss infonce compares a caption with all videos of a batch: set pairs to 0")
+        return self
+
+
 def tiny_adem() -> AdemConfig:
     """The preset of the built-in diagrams and the tiny models."""
     return AdemConfig.model_validate({"preset": "tiny"})
@@ -270,6 +309,7 @@ class Profile(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig
     adem: AdemConfig = Field(default_factory=tiny_adem)  # a GIF bundle's profile has no such section
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)  # nor this one
 
     @model_validator(mode="after")
     def _groups_are_cached(self) -> "Profile":

@@ -16,7 +16,14 @@ from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
 
 from helpers.models.parts import on_cpu, require_finite
 from helpers.stage.pace import note_pace, probe_steps
@@ -57,7 +64,7 @@ class Job:
     tokens: np.ndarray
     """Real tokens of each step."""
     warmup: float
-    """Share of the steps in which the learning rates rise; they then fall along a half cosine to 0."""
+    """Share of the steps in which the learning rates rise; they then fall along a half cosine to 0, with `decay`."""
     max_grad_norm: float
     """Gradients are clipped to this norm; 0: not at all."""
     seed: int
@@ -79,6 +86,10 @@ class Job:
     expected: float | None = None
     """What a step counts in the mean over the run: the loss of a step is then a sum over this, so that its items weigh
     as much as those of any other step. None: a step's loss is the mean over its own items."""
+    decay: bool = True
+    """False: after the warm-up the learning rates stay what they are."""
+    measure: Callable[[list[dict[str, Any]]], dict[str, float]] | None = None
+    """Called at the end of each epoch with the history's rows so far; what it returns is noted in the newest one."""
 
 
 class RunControl(TrainerCallback):
@@ -100,6 +111,8 @@ class RunControl(TrainerCallback):
             trainer.log_history_so_far(self.job.log_steps)
         if self.evaluate is not None and step in trainer.plan.epoch_ends:
             trainer.recorder.rows[-1]["eval_loss"] = self.evaluate()
+        if self.job.measure is not None and step in trainer.plan.epoch_ends:
+            trainer.recorder.rows[-1] |= self.job.measure(trainer.recorder.rows)
         now = time.perf_counter()
         self.longest_step, self.last = max(self.longest_step, now - self.last), now
         out_of_time = now + self.longest_step + SAVE_MARGIN * self.save_seconds >= self.ends
@@ -145,7 +158,11 @@ class AdapterTrainer(Trainer):
         steps = len(job.plan)
         fused = place.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(job.groups, betas=job.betas, fused=fused)
-        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(job.warmup * steps), steps)
+        warmup = math.ceil(job.warmup * steps)
+        if job.decay:
+            schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+        else:
+            schedule = get_constant_schedule_with_warmup(optimizer, warmup)
         # The Trainer writes into a `config` as if it were Hugging Face's; AdemVL's is its own and frozen.
         own = model.__dict__.pop("config", None)
         super().__init__(model=model, args=arguments, train_dataset=job.dataset, optimizers=(optimizer, schedule))

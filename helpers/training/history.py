@@ -76,10 +76,11 @@ class Recorder:
         """The history so far, a row a step; eval_loss is NaN but at the ends of epochs, seconds are cumulative.
 
         Runs with a gradient scaler have two more columns: the scale of the step's loss, and skipped (1: its gradients
-        were not finite, so that the optimizer took no step).
+        were not finite, so that the optimizer took no step). What a job measures is a column too, like eval_loss.
         """
         columns = ["step", "epoch", "loss", "eval_loss", *(f"lr_{part}" for part in self.parts), "tokens", "seconds"]
-        columns += [name for name in ("scale", "skipped") if any(name in row for row in self.rows)]
+        more = dict.fromkeys(name for row in self.rows for name in row)  # what only some steps have
+        columns += [name for name in more if name not in columns]
         return pd.DataFrame(self.rows, columns=columns)
 
 

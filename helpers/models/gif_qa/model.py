@@ -502,7 +502,7 @@ class GifQAModel(nn.Module):
         when a tensor is not finite.
         """
         folder = Path(folder)
-        profile = self.profile.model_dump(mode="json", exclude={"adem"})
+        profile = self.profile.model_dump(mode="json", exclude={"adem", "retrieval"})
         for section in ("language_model", "encoder"):
             profile[section]["model"] = portable_name(profile[section]["model"])
         facts = {"format": BUNDLE_FORMAT, "video": self.video, **copy.deepcopy(self.base), "profile": profile}

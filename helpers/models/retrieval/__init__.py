@@ -1,4 +1,4 @@
-"""Text-video retrieval inside a video-language model: its embeddings, and how they are pooled."""
+"""Text-video retrieval: embeddings out of a video-language model, heads that bring both into one space, and search."""
 
 from helpers.models.retrieval.embed import (
     BEFORE,
