@@ -51,7 +51,7 @@ def relevant_pairs(relevance: Any, shape: tuple[int, int]) -> tuple[np.ndarray, 
         relevance = np.arange(texts)
     if hasattr(relevance, "tocsr"):
         sparse = relevance.tocsr().tocoo()  # adds up what is named twice
-        found, (text, video), grade = sparse.shape, sparse.coords, sparse.data
+        found, text, video, grade = sparse.shape, sparse.row, sparse.col, sparse.data
     else:
         relevance = np.asarray(relevance)
         found = relevance.shape
