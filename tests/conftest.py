@@ -120,7 +120,7 @@ def chat_dir(tmp_path_factory, tiny_llama_dir):
 
 @pytest.fixture(scope="session")
 def make_profile(tiny_xclip_dir, tiny_llama_dir):
-    """The tiny profile on the random checkpoints, unquantised unless told otherwise; keys by `section__name`."""
+    """The tiny profile on the random checkpoints, unquantised and by the plain recipe; keys by `section__name`."""
 
     def make(**changes):
         overrides = {
@@ -130,6 +130,9 @@ def make_profile(tiny_xclip_dir, tiny_llama_dir):
             "language_model.quantisation": "none",
             "connector.hidden": 32,
             "connector.queries": 4,
+            "connector.output_scale": "learned",
+            "alignment.epochs": 0.0,
+            "training.loss": "per_token",
         }
         return load_profile("tiny", overrides | {key.replace("__", "."): value for key, value in changes.items()})
 
