@@ -35,6 +35,7 @@ FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`!?((?:\./run_all\.sh|python -m|\.venv/bin/)[^`]*)`")  # a command within a sentence
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATHS = {"gifs", "qa", "data", "gallery", "science", "bundle", "adapters"}  # parameters that name files
+CSV = "gif,task,question,answer\ncat.gif,frameqa,what animal is it ?,cat"
 PROBLEM = {"question": "?", "choices": ["a", "b"], "answer": 0, "subject": "natural science", "grade": "grade1"}
 BROKEN = """./run_all.sh --profil kaggle
 ./run_all.sh -p training.epoch 2
@@ -142,7 +143,7 @@ def house(tmp_path, monkeypatch):
     files = "my_gifs/cat.gif my_gifs/qa.csv worlds/seven/qa.csv runs/tiny/asked/SESSION/qa.csv"
     for name in (*files.split(), "tgif-v1.0.tsv", "tgif-qa/dataset/x", "checkpoint_7B_sqa.pth", "FOLDER/x"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text(f"{CSV}\n" if name.endswith("qa.csv") else "")
     bundle = Path(find_model("tiny/llama")).with_name("bundle")
     shutil.copytree(bundle, tmp_path / "runs" / "tiny" / "03_adapter_training" / "bundle")
     gold = json.dumps({"1": PROBLEM | {"split": "test"}, "2": PROBLEM | {"split": "val"}})
