@@ -332,7 +332,7 @@ def gate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=45, help="CPU minutes of training")
+    parser.add_argument("--minutes", type=float, default=42, help="CPU minutes of training")
     parser.add_argument("--go-on", action="store_true", help="start from OUT's weights, and read other texts")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
