@@ -238,7 +238,7 @@ def run_identity(
         "contract": CONTRACT,
         "encoder_key": features.encoder_key,
         "video": bool(model.video),
-        "language_model": profile.language_model.model_dump(mode="json", exclude=idle.get("language_model")),
+        "language_model": profile.language_model.model_dump(mode="json", exclude=idle.get("language_model", set())),
         "connector": profile.connector.model_dump(mode="json"),
         "training": profile.training.model_dump(mode="json", exclude={*PACING["training"], *idle.get("training", ())}),
         "parameters": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),

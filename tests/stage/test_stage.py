@@ -447,13 +447,13 @@ def test_equal_settings_written_differently_have_one_key():
 
 
 def test_a_section_that_came_is_filled_in_and_one_that_is_off_decides_nothing(world):
-    on = {"alignment.epochs": 1}
-    old, off, aligned = (real_settings("03_adapter_training", **keys) for keys in ({}, {}, on))
+    none, on = {"alignment.epochs": 0}, {"alignment.epochs": 1}
+    old, off, aligned = (real_settings("03_adapter_training", **keys) for keys in (none, none, on))
     del old["profile"]["alignment"]  # as earlier versions wrote it
     assert settings_differences(old, off) == []
     assert settings_differences(old, aligned)[0] == "profile.alignment.epochs: 0.0 there, 1.0 now"
     asked = {"alignment.prompt": "What happens?"}
-    assert settings_key(off) == settings_key(real_settings("03_adapter_training", **asked))
+    assert settings_key(off) == settings_key(real_settings("03_adapter_training", **none, **asked))
     assert settings_differences(aligned, real_settings("03_adapter_training", **on, **asked)) == [
         "profile.alignment.prompt: 'Describe this GIF.' there, 'What happens?' now"
     ]

@@ -670,7 +670,7 @@ def test_the_margin_before_the_deadline_is_three_saves(world, tmp_path):
     control = training.RunControl.__new__(training.RunControl)
     flags = SimpleNamespace(should_training_stop=False, should_save=False)
     control.trainer = SimpleNamespace(plan=range(1000), args=SimpleNamespace(device=torch.device("cpu")))
-    control.job = toy_config(log_steps=10**6).training
+    control.job = Section(**vars(toy_config(log_steps=10**6).training), measure=None)
     control.signals, control.evaluate, control.longest_step, control.last_step = [], None, 0.0, math.inf
     now = time.perf_counter()
     control.saved = control.last = now
