@@ -123,10 +123,6 @@ def check(command: str) -> None:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             known = {re.split(r"\W", need)[0] for needs in extras.values() for need in needs} | {"pre-commit"}
             assert set(names) <= known and (ROOT / ".pre-commit-config.yaml").is_file()
-        case ["cp", "-r", *sources, target]:  # each is made by the stage that it is copied from, and lies in the target
-            for source in map(Path, sources):
-                for name in source.name.strip("{}").split(","):
-                    assert f"{name}/" in SUITE.spec(source.parent.name).makes and (ROOT / target / name).is_dir()
         case ["git", "clone", address]:
             assert address == SUITE.repository
         case [script, *rest] if script.startswith(".venv/bin/"):

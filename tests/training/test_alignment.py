@@ -31,7 +31,7 @@ CAPTIONS = pd.DataFrame(
         "caption": [f"a small {color} star{end}" for color in ("red", "blue") * 4 for end in ("", " spins")],
     }
 )
-OLDER = repo_root() / "tests/reliability/made_at_61bea37/paused/03_adapter_training/checkpoints/step-00000002"
+OLDER = repo_root() / "tests/reliability/made_before/paused/03_adapter_training/checkpoints/step-00000002"
 
 
 def toy_features(encoder_key):
