@@ -2,8 +2,8 @@
 
 `made_before` was made when today's backbones were shipped. finished: `run_all.sh --run finished --only 01 --only 02
 --only 03 --only 04` with `SETTINGS`; paused: the same with training stopped after two steps (SUITE_PROBE_STEPS=2); of
-both what is read here was kept. `LOSSES` are those of the finished run. answers.json: what the shipped bundle said to a
-small world.
+both what is read here was kept, and of the finished one's files no `contents`. `LOSSES` are those of the finished run.
+answers.json: what the shipped bundle said to a small world.
 """
 
 import io
