@@ -2,7 +2,6 @@
 
 from helpers.answers.captions import score_captions, write_captions_of
 from helpers.answers.tgif_qa import CHUNK, RESULT_COLUMNS, predict, save_predictions, shown_prompt
-from helpers.models.parts import token_batches
 
 __all__ = [
     "CHUNK",
@@ -11,6 +10,5 @@ __all__ = [
     "save_predictions",
     "score_captions",
     "shown_prompt",
-    "token_batches",
     "write_captions_of",
 ]

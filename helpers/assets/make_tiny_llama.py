@@ -307,7 +307,7 @@ def train(
 def gate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: int = 300) -> dict[str, dict[str, float]]:
     """Telling (or "chat": a story told and asked as a chat) -> kind -> share answered right, on scenes never read.
 
-    Every question of the world is asked as the profiles ask it, of every scene, without options.
+    Every question of the world is asked of every scene, without options: as the profiles ask it, and in a chat bare.
     """
     model.eval()
     told, questions = make_world(GATE_SEED, scenes, "gate")

@@ -202,7 +202,7 @@ def xclip_config(vocabulary: int, eos: int) -> XCLIPConfig:
 
 
 def new_xclip(tokenizer: PreTrainedTokenizerFast) -> XCLIPModel:
-    """An X-CLIP of 1.3 M parameters with random weights; with the stock, smaller ones training starts much slower."""
+    """An X-CLIP of 1.1 M parameters with random weights; with the stock, smaller ones training starts much slower."""
     model = XCLIPModel(xclip_config(len(tokenizer), tokenizer.eos_token_id))
     torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.3)
     torch.nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.1)

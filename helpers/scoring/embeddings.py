@@ -1,8 +1,6 @@
-"""What is wrong with embeddings, in numbers: alike all, flat, apart by modality, or no better than a constant."""
+"""What is wrong with embeddings, in numbers: all alike, flat, or apart by modality."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 
@@ -34,33 +32,6 @@ def modality_distance(videos: np.ndarray, texts: np.ndarray) -> float:
     The modality gap of Liang et al. (arXiv 2203.02053, section 4.2).
     """
     return float(np.linalg.norm(_unit(videos, 1).mean(axis=0) - _unit(texts, 1).mean(axis=0)))
-
-
-def squared_error(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Squared difference of each pair's cosine and its label, 1 or 0."""
-    return (predicted - labels) ** 2
-
-
-def constant_loss(
-    labels: np.ndarray, loss: Callable[[np.ndarray, np.ndarray], np.ndarray] = squared_error
-) -> tuple[float, float]:
-    """The lowest mean loss of one and the same cosine for every pair, and that cosine: what a blind guess reaches.
-
-    labels [N] of the pairs; loss: of cosines [N] and labels [N], a number each pair, convex in the cosine. For squared
-    error and as many pairs of label 1 as of 0 it is 0.25. (InfoNCE over B candidates needs no search: it is log B.)
-    """
-    from scipy.optimize import minimize_scalar  # takes a second to load, which a command line would feel
-
-    labels = np.asarray(labels, np.float64)
-    if not labels.size or not np.isfinite(labels).all():
-        raise ValueError("constant_loss takes the labels of one pair or more, all of them finite")
-
-    def mean(cosine: float) -> float:
-        return float(loss(np.full_like(labels, cosine), labels).mean())
-
-    found = minimize_scalar(mean, bounds=(-1.0, 1.0), method="bounded", options={"xatol": 1e-9})
-    best = min((found.x, -1.0, 1.0), key=mean)  # the search stops short of the ends
-    return mean(best), float(best)
 
 
 def _checked(embeddings: np.ndarray, least: int) -> np.ndarray:

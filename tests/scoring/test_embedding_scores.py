@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from helpers.scoring.embeddings import constant_loss, effective_rank, mean_pairwise_cosine, modality_distance
+from helpers.scoring.embeddings import effective_rank, mean_pairwise_cosine, modality_distance
 
 
 def draw(count: int, dim: int = 6, seed: int = 0) -> np.ndarray:
@@ -48,31 +48,6 @@ def test_modality_distance_is_that_of_the_means_of_unit_vectors():
     assert modality_distance([[2.0, 0]], [[-1.0, 0]]) == pytest.approx(2)
 
 
-def test_a_constant_prediction_costs_the_variance_of_the_labels():
-    assert constant_loss(np.array([0, 1] * 8)) == pytest.approx((0.25, 0.5))
-    for positive, count in ((1, 21), (5, 10), (3, 4)):
-        share = positive / count
-        labels = np.array([1] * positive + [0] * (count - positive))
-        assert constant_loss(labels) == pytest.approx((share * (1 - share), share), abs=1e-7)
-    assert constant_loss(np.ones(4)) == pytest.approx((0, 1), abs=1e-12)
-
-
-def test_a_constant_prediction_under_another_loss_is_the_best_of_a_fine_grid():
-    def hinge(cosines: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return np.where(labels == 1, 1 - cosines, np.maximum(0, cosines - 0.2))
-
-    def logistic(cosines: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return np.logaddexp(0, -(2 * labels - 1) * cosines)
-
-    for loss, labels in ((hinge, [1, 0, 0, 0]), (hinge, [1, 1, 0]), (logistic, [1, 0, 0])):
-        labels = np.array(labels)
-        grid = [math.fsum(loss(np.full(len(labels), c), labels)) / len(labels) for c in np.linspace(-1, 1, 20_001)]
-        assert constant_loss(labels, loss)[0] == pytest.approx(min(grid), abs=1e-7)
-    share = 1 / 3  # where the best cosine is one, the loss is the entropy of the labels
-    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
-    assert constant_loss(np.array([1, 0, 0]), logistic)[0] == pytest.approx(entropy)
-
-
 def test_embeddings_that_cannot_be_judged_are_refused_by_row():
     bad = draw(4)
     bad[2] = 0
@@ -85,5 +60,3 @@ def test_embeddings_that_cannot_be_judged_are_refused_by_row():
             judge(bad[0])
     with pytest.raises(ValueError, match="at least 2"):
         mean_pairwise_cosine(bad[:1])
-    with pytest.raises(ValueError, match="labels"):
-        constant_loss(np.array([]))

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from helpers import scoring
-from helpers.answers import predict, save_predictions, token_batches
+from helpers.answers import predict, save_predictions
 from helpers.config import load_profile
 from helpers.corpora import shapes, tgif_qa
 from helpers.corpora import tasks as scoring_tasks
 from helpers.corpora.tasks import TASKS, ScoreError
 from helpers.models.gif_qa import TooLong, Window
 from helpers.models.gif_qa.model import GifQAModel
+from helpers.models.parts import token_batches
 from helpers.stage import START_UP_SECONDS, own_pace
 from helpers.stage.pace import DeadlineReached
 
