@@ -876,7 +876,7 @@ def test_the_full_size_science_stage_is_pushed_only_if_it_is_named():
     assert "05_adem_scienceqa" in [spec.name for spec in plan_of("--profile", "tiny").specs]
     assert [spec.name for spec in plan_of("--only", "05").specs] == ["05_adem_scienceqa"]
     costly = [quota.from_minutes(spec, plan_of().profile).seconds for spec in plan_of().specs if spec.gpu]
-    assert sum(costly) <= 20 * HOUR  # of the week's 30
+    assert sum(costly) <= 25 * HOUR  # of the week's 30
 
 
 # -------------------------------------------------------------------------------------------------- what is made

@@ -148,7 +148,8 @@ def test_runs_whose_names_differ_by_letter_case_do_not_share_a_place(here, tmp_p
 def test_a_model_that_has_no_chat_template_is_refused_before_anything_starts(here, monkeypatch):
     """Shipped, a folder, or in the hub's cache; only where a stage asks the model, and only with the key."""
     monkeypatch.setattr("helpers.workspace.weights._hub_model", lambda *asked: str(here / "my_llama"))
-    for name in ("tiny/llama", "my_llama", "some/model"):
+    (here / "my_llama" / "chat_template.jinja").unlink()
+    for name in ("tiny/science_llama", "my_llama", "some/model"):
         model = ("-p", "language_model.model", name, "-p", "language_model.chat")
         with pytest.raises(ConfigError, match=rf"{name} has no chat template.*-p language_model\.chat false"):
             plan_of(*model, "true")

@@ -450,7 +450,7 @@ def test_quota_command_tells_forecast_and_draws_the_weeks(tmp_path, monkeypatch,
     assert suite.main(["quota", "--profile", "kaggle", "--figure", str(figure)]) == 0
     out = capsys.readouterr().out
     assert "28.0 of 30 GPU-hours used this week (account), 2.0 left" in out and "over 3 weeks" in out
-    assert "03_adapter_training   21.7 h yes suite.yaml's minutes, not measured" in out
+    assert "03_adapter_training  21.7 h yes suite.yaml's minutes, not measured" in out
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
