@@ -17,7 +17,7 @@ import io
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import combinations, permutations
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from helpers.assets.pretraining import (
     train_tokenizer,
     update,
 )
-from helpers.corpora.captions import describe_in_detail
+from helpers.corpora.captions import describe_in_detail, facts_of
 from helpers.corpora.shapes import ACTIONS, COLORS, NUMBERS, PLACES, SHAPES, Scene, make_world, pick, write_gif
 from helpers.gifs.decode import Limits, decode, sample_indices
 
@@ -105,20 +105,6 @@ def _step_targets(states: list[str | None]) -> list[int]:
         0 if now is None else 1 + names.index(now) + (len(names) if now == before else 0)
         for before, now in zip([None, *states], states, strict=False)
     ]
-
-
-def _facts(scene: Scene) -> frozenset[str]:
-    """All that captions may state of a scene, in the form of `helpers.corpora.captions`."""
-    looks = ("shape", "color", "place", "items", "item_shape", "item_color")
-    actions = [action for action, _ in scene.blocks]
-    return frozenset(
-        [
-            *(f"{name}={getattr(scene, name)}" for name in looks),
-            *(f"action {action}" for action in actions),
-            *(f"action {action}={times}" for action, times in scene.blocks),
-            *(f"order {first}<{second}" for first, second in combinations(actions, 2)),
-        ]
-    )
 
 
 def _motion_targets(states: list[str | None]) -> dict:
@@ -343,7 +329,7 @@ def sentence_loss(
         captions = describe_in_detail(replace(scene, seed=int(rng.integers(2**31))))
         told.append(captions[int(rng.choice(5, p=(0.08, 0.12, 0.25, 0.25, 0.3)))])
     texts = encode_texts(model, tokenizer, [caption for caption, _ in told])
-    facts = [_facts(scene) for scene in scenes]
+    facts = [facts_of(scene) for scene in scenes]
     true = torch.tensor([[truth.issuperset(stated) for _, stated in told] for truth in facts])
     logits, own = scale * videos @ texts.T, torch.arange(len(scenes))
     logits = logits.masked_fill(true & ~torch.eye(len(scenes), dtype=torch.bool), -1e4)
@@ -482,7 +468,7 @@ def _gate_sentences(model, tokenizer, scenes, features, masks, owners) -> dict[s
         gifs.append([features[row][masks[row]] for row in mine[-len(list(views(scene).values())[-1]) :]])
     told = [caption for scene in scenes for caption in describe_in_detail(scene)]
     texts = [encode_texts(model, tokenizer, [c for c, _ in told[i : i + 500]]) for i in range(0, len(told), 500)]
-    true = torch.tensor([[truth.issuperset(stated) for truth in map(_facts, scenes)] for _, stated in told])
+    true = torch.tensor([[truth.issuperset(stated) for truth in map(facts_of, scenes)] for _, stated in told])
     scores = torch.cat(texts) @ encode_videos(model, gifs).T
     found = {}
     for name, near, relevant in (("text to video", scores, true), ("video to text", scores.T, true.T)):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pandas as pd
@@ -109,6 +109,20 @@ def _motion(rng: np.random.Generator, blocks: Sequence[tuple[str, int]]) -> tupl
 
 def _times(rng: np.random.Generator, times: int) -> str:
     return {1: "once", 2: "twice"}.get(times) or f"{pick(rng, (times, _COUNTS[times - 1]))} times"
+
+
+def facts_of(scene: Scene) -> frozenset[str]:
+    """All facts that are true of a scene, in the form given above: those that `holds` says yes to."""
+    looks = ("shape", "color", "place", "items", "item_shape", "item_color")
+    actions = [action for action, _ in scene.blocks]
+    return frozenset(
+        [
+            *(f"{name}={getattr(scene, name)}" for name in looks),
+            *(f"action {action}" for action in actions),
+            *(f"action {action}={times}" for action, times in scene.blocks),
+            *(f"order {first}<{second}" for first, second in combinations(actions, 2)),
+        ]
+    )
 
 
 def holds(scene: Scene, fact: str) -> bool:

@@ -54,7 +54,7 @@ def choose_captions(
     test GIF: one in `tested`, or one with a caption in the test split.
     """
     of_test = captions["split"] == "test"
-    rows = caption_rows(captions[~of_test], profile.alignment.prompt)
+    rows = caption_rows(captions[captions["split"] == "train"], profile.alignment.prompt)
     if not profile.alignment.epochs:
         return Captions(rows[:0], rows[:0], "Stage one is off (alignment.epochs is 0).")
     if leaked := set(rows["gif_sha256"]) & {*tested, *captions.loc[of_test, "gif_sha256"]}:

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.config import load_profile
 from helpers.corpora import load, shapes
-from helpers.corpora.captions import describe_in_detail, holds, world_captions
+from helpers.corpora.captions import describe_in_detail, facts_of, holds, world_captions
 from helpers.corpora.shapes import Scene
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -127,6 +127,14 @@ def test_holds_agrees_with_the_frames_of_other_scenes(scenes):
             assert holds(scene, fact) == seen(scene, fact), (scene, fact)
             true += holds(scene, fact)
     assert 0 < true < len(facts) * len(scenes[::20]) / 10
+
+
+def test_facts_of_a_scene_are_those_that_hold_of_all_that_are_told_of_any(scenes):
+    """Each of the two is written without the other: one builds texts, the other reads them."""
+    told = {fact for scene in scenes for _, facts in describe_in_detail(scene) for fact in facts}
+    for scene in scenes[:20]:
+        assert {fact for fact in told if holds(scene, fact)} == told & facts_of(scene)
+        assert {fact for _, facts in describe_in_detail(scene) for fact in facts} <= facts_of(scene)
 
 
 @pytest.mark.parametrize("text", ["", "red", "color", "name=x", "seed=3", "action ", "action jump=x", "order jump"])

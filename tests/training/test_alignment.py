@@ -310,6 +310,9 @@ def test_captions_of_watched_gifs_are_held_out_and_test_captions_never_seen(prof
     assert set(chosen.held["gif_sha256"]) == {"gif1", "gif3"} and len(chosen.held) == 4
     assert sorted(chosen.trained["gif_sha256"].unique()) == [gif for gif in GIFS if gif not in ("gif1", "gif3")]
     assert chosen.told == "12 captions of 6 GIFs to train on, 4 captions of 2 GIFs held out"
+    validation = CAPTIONS[:1].assign(split="val", gif_sha256="validation", caption_id="v0")
+    with_val = pd.concat([table, validation])  # as MSR-VTT has it
+    assert choose_captions(with_val, (), {"gif1", "gif3"}, features, profile).trained.equals(chosen.trained)
     # of test GIFs that have captions alone no question tells
     assert choose_captions(table, (), {"gif1", "gif3"}, features, profile).trained.equals(chosen.trained)
     both = pd.concat([table, CAPTIONS[:1].assign(split="test", gif_sha256="gif5", caption_id="t2")])
